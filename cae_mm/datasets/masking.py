@@ -1,0 +1,105 @@
+"""Masks for masked image modeling: bool arrays, True = masked.
+
+Reference: BEiT's block-wise masking (algorithm 1 of https://arxiv.org/abs/2106.08254), as in
+https://github.com/Atten4Vis/CAE/blob/master/furnace/masking_generator.py
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from mmcv.transforms import BaseTransform
+
+from cae_mm.models.layers import Grid, grid_of
+from cae_mm.registry import TRANSFORMS
+
+MAX_TRIES = 1000  # draws of a block; at 98 of 14x14 about 1 mask in 3000 needs more than 200
+
+
+@TRANSFORMS.register_module()
+class CAEMaskGenerator(BaseTransform):
+    """Draw a mask that hides exactly the wanted number of patches.
+
+    Where blocks cannot complete the number (a grid one patch wide, say) single patches do.
+
+    Args:
+        patch_size: Side of a patch in pixels; with the image it gives the grid.
+        mask_ratio: Share of patches to hide, rounded down: 0.5 gives 98 of 196.
+        strategy: 'block' (BEiT's, the paper's) or 'random' (each set equally likely).
+        min_block: Least number of patches of a drawn block.
+        min_aspect: Least height over width of a block; the greatest is its inverse.
+    """
+
+    def __init__(
+        self,
+        patch_size: int = 16,
+        mask_ratio: float = 0.5,
+        *,
+        strategy: str = 'block',
+        min_block: int = 16,
+        min_aspect: float = 0.3,
+    ) -> None:
+        if strategy not in ('block', 'random'):
+            raise ValueError(f"Unknown strategy '{strategy}': choose 'block' or 'random'")
+        if not 0 < mask_ratio < 1:
+            raise ValueError(f'mask_ratio must be between 0 and 1, not {mask_ratio}')
+        if not 0 < min_aspect <= 1:
+            raise ValueError(f'min_aspect must be in (0, 1], not {min_aspect}')
+        self.patch_size = patch_size
+        self.mask_ratio = mask_ratio
+        self.strategy = strategy
+        self.min_block = min_block
+        self.max_log_aspect = -math.log(min_aspect)
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Add ``mask``, bool with shape (H/p, W/p), for the (first) image."""
+        image = results['img'][0] if isinstance(results['img'], list) else results['img']
+        results['mask'] = self.generate(grid_of(image.shape[:2], self.patch_size))
+        return results
+
+    def generate(self, grid: Grid) -> np.ndarray:
+        """Draw one mask for ``grid`` (rows, columns).
+
+        Raises:
+            ValueError: If ``mask_ratio`` hides no patch of this grid.
+        """
+        num_masked = int(self.mask_ratio * grid[0] * grid[1])
+        if num_masked == 0:
+            raise ValueError(
+                f'mask_ratio={self.mask_ratio} hides no patch of a {grid[0]}x{grid[1]} grid'
+            )
+        mask = np.zeros(grid, dtype=bool)
+        if self.strategy == 'block':
+            self._add_blocks(mask, num_masked)
+        # 'random' draws all patches here; 'block' what the last blocks could not fill
+        rest = np.random.choice(
+            np.flatnonzero(~mask), num_masked - np.count_nonzero(mask), replace=False
+        )
+        mask.flat[rest] = True
+        return mask
+
+    def _add_blocks(self, mask: np.ndarray, num_masked: int) -> None:
+        H, W = mask.shape
+        missing = num_masked
+        for _ in range(MAX_TRIES):
+            # BEiT's bounds: once fewer than min_block patches are missing, the block may be as
+            # small as that, or overlap what is masked already
+            area = np.random.uniform(*sorted((self.min_block, missing)))
+            aspect = math.exp(np.random.uniform(-self.max_log_aspect, self.max_log_aspect))
+            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if not (0 < h < H and 0 < w < W):
+                continue
+            top, left = np.random.randint(H - h + 1), np.random.randint(W - w + 1)
+            block = mask[top : top + h, left : left + w]
+            new = block.size - np.count_nonzero(block)
+            if 0 < new <= missing:
+                block[:] = True
+                missing -= new
+            if missing == 0:
+                return
+
+    def __repr__(self) -> str:
+        return (
+            f'{type(self).__name__}(strategy={self.strategy!r}, mask_ratio={self.mask_ratio}, '
+            f'patch_size={self.patch_size})'
+        )

@@ -1,0 +1,88 @@
+"""Two views of one random crop: one for the encoder, one for the tokenizer.
+
+Reference: official ``RandomResizedCropAndInterpolationWithTwoPic``,
+https://github.com/Atten4Vis/CAE/blob/master/furnace/transforms.py
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from mmcv.transforms import BaseTransform
+from PIL import Image
+
+from cae_mm.models.layers import to_pair
+from cae_mm.registry import TRANSFORMS
+
+Size = int | tuple[int, int]
+INTERPOLATIONS = {
+    'bilinear': Image.Resampling.BILINEAR,
+    'bicubic': Image.Resampling.BICUBIC,
+    'lanczos': Image.Resampling.LANCZOS,
+}
+
+
+@TRANSFORMS.register_module()
+class TwoViewResizedCrop(BaseTransform):
+    """Crop at random and resize the crop to two sizes, antialiased (Pillow).
+
+    Args:
+        size: Side, or (height, width), of view 1.
+        second_size: The same of view 2; None makes view 1 only (for pixel targets).
+        scale: Range of the crop's area over the image's.
+        ratio: Range of the crop's width over its height.
+        interpolation: 'bilinear', 'bicubic' or 'lanczos', for view 1.
+        second_interpolation: The same for view 2.
+    """
+
+    def __init__(
+        self,
+        size: Size = 224,
+        second_size: Size | None = 112,
+        *,
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        interpolation: str = 'bicubic',
+        second_interpolation: str = 'lanczos',
+    ) -> None:
+        for name in (interpolation, second_interpolation):
+            if name not in INTERPOLATIONS:
+                raise ValueError(
+                    f"Unknown interpolation '{name}': choose one of {tuple(INTERPOLATIONS)}"
+                )
+        for name, (low, high) in dict(scale=scale, ratio=ratio).items():
+            if not 0 < low <= high:
+                raise ValueError(f'{name} must be (low, high) with 0 < low <= high')
+        self.views = [(to_pair(size), INTERPOLATIONS[interpolation])]
+        if second_size is not None:
+            self.views.append((to_pair(second_size), INTERPOLATIONS[second_interpolation]))
+        self.scale = scale
+        self.ratio = ratio
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Replace ``img``, uint8 (H, W, 3), by the list of its views."""
+        image = Image.fromarray(np.ascontiguousarray(results['img']))
+        left, top, width, height = self._draw_crop(*image.size)
+        crop = image.crop((left, top, left + width, top + height))
+        results['img'] = [
+            np.asarray(crop.resize((size[1], size[0]), how)) for size, how in self.views
+        ]
+        results['img_shape'] = self.views[0][0]
+        return results
+
+    def _draw_crop(self, W: int, H: int) -> tuple[int, int, int, int]:
+        """Draw left, top, width and height of a crop, in pixels."""
+        low, high = (math.log(r) for r in self.ratio)
+        for _ in range(10):
+            area = np.random.uniform(*self.scale) * W * H
+            ratio = math.exp(np.random.uniform(low, high))
+            width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < width <= W and 0 < height <= H:
+                left, top = np.random.randint(W - width + 1), np.random.randint(H - height + 1)
+                return left, top, width, height
+        ratio = min(max(W / H, self.ratio[0]), self.ratio[1])  # the largest central crop
+        width, height = min(W, max(round(H * ratio), 1)), min(H, max(round(W / ratio), 1))
+        return (W - width) // 2, (H - height) // 2, width, height
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}(views={self.views}, scale={self.scale}, ratio={self.ratio})'

@@ -1,0 +1,96 @@
+"""Hooks: exact resuming, a guard against broken losses, the d-VAE's temperature."""
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import FUNCTIONS
+from mmengine.runner import Runner
+
+from cae_mm.registry import HOOKS
+
+
+@HOOKS.register_module()
+class EpochSeedHook(Hook):
+    """Seed all generators anew at each epoch from (seed, epoch, rank).
+
+    So a run that was resumed at an epoch's beginning continues exactly as an uninterrupted one
+    would. mmengine's own seeding of data workers restarts with the same augmentations after a
+    resume, and in each epoch if workers do not persist; therefore the data loader needs
+    ``worker_init_fn=dict(type='cae_mm.seeded_by_torch')`` and ``persistent_workers=False``.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Seed Python, numpy and torch of this process; workers derive theirs from torch's."""
+        entropy = [runner.seed % 2**32, runner.epoch, get_rank()]
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+
+@FUNCTIONS.register_module('cae_mm.seeded_by_torch')
+def seeded_by_torch(worker_id: int) -> None:
+    """Leave a data worker with the seeds that torch gave it.
+
+    torch derives them (Python's and numpy's too) from the main process' generator whenever the
+    loader is iterated anew. mmengine's default would overwrite them with constants.
+    """
+
+
+@HOOKS.register_module()
+class NonFiniteLossHook(Hook):
+    """Stop at the first loss that is not finite and say which images were in the batch."""
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: dict[str, Any] | None = None,
+        outputs: dict[str, Any] | None = None,
+    ) -> None:
+        """Check the loss that the Runner has logged already, so nothing is waited for twice."""
+        loss = runner.message_hub.get_scalar('train/loss').current()
+        if math.isfinite(loss):
+            return
+        samples: Sequence[Any] = (data_batch or {}).get('data_samples') or []
+        paths = [sample.get('img_path', 'unknown') for sample in samples]
+        raise FloatingPointError(
+            f'the loss is {loss} at iteration {runner.iter + 1} (epoch {runner.epoch + 1}); '
+            f'images of the batch: {paths}. Resume from the last checkpoint with a lower '
+            'learning rate, or train in bfloat16 or float32 rather than float16'
+        )
+
+
+@HOOKS.register_module()
+class GumbelTemperatureHook(Hook):
+    """Anneal the temperature of a ``DiscreteVAE`` by a cosine over a share of the training.
+
+    Args:
+        start: Temperature at the first iteration.
+        end: Temperature at and after the last iteration of the annealing; 1/16 in DALL-E
+            (https://arxiv.org/abs/2102.12092, appendix A.2).
+        share: Share of the iterations that the annealing takes.
+    """
+
+    def __init__(self, start: float = 1.0, end: float = 1 / 16, share: float = 0.75) -> None:
+        self.start = start
+        self.end = end
+        self.share = share
+
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict[str, Any] | None = None
+    ) -> None:
+        """Set the model's temperature from the iteration's number."""
+        progress = min(runner.iter / max(self.share * runner.max_iters, 1), 1.0)
+        cosine = (1 + math.cos(math.pi * progress)) / 2
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model.temperature = self.end + (self.start - self.end) * cosine

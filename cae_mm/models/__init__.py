@@ -1,0 +1,20 @@
+"""Models: the method (cae), its parts (vit, neck, head) and its targets."""
+
+from cae_mm.models.cae import CAE
+from cae_mm.models.data_preprocessor import CAEDataPreprocessor
+from cae_mm.models.head import CAEPretrainHead
+from cae_mm.models.neck import CAENeck
+from cae_mm.models.targets import DALLEDecoder, DALLEEncoder, DiscreteVAE, RGBTarget
+from cae_mm.models.vit import CAEViT
+
+__all__ = [
+    'CAE',
+    'CAEDataPreprocessor',
+    'CAENeck',
+    'CAEPretrainHead',
+    'CAEViT',
+    'DALLEDecoder',
+    'DALLEEncoder',
+    'DiscreteVAE',
+    'RGBTarget',
+]

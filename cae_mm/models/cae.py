@@ -1,0 +1,188 @@
+"""Context autoencoder: the method, as in figure 1 of the paper.
+
+References:
+    Paper: https://arxiv.org/abs/2202.03026
+    Official code: https://github.com/Atten4Vis/CAE/blob/master/models/modeling_cae.py
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from mmengine.model import BaseModule
+from mmpretrain.models.selfsup.base import BaseSelfSupervisor
+from mmpretrain.structures import DataSample
+from torch import Tensor, nn
+
+from cae_mm.models.layers import Grid, grid_of, split_mask
+from cae_mm.registry import MODELS
+
+
+@MODELS.register_module()
+class CAE(BaseSelfSupervisor):
+    """Encoder, regressor, alignment, decoder and tokenizer.
+
+    The alignment target comes from the encoder itself, under ``no_grad``. The official "alignment
+    encoder" shares the encoder's storage, so this is the same without a second network. As there,
+    drop path stays active in the target branch while training.
+
+    Args:
+        backbone: The encoder, a ``CAEViT``.
+        neck: Regressor and decoder, a ``CAENeck``.
+        head: The losses, a ``CAEPretrainHead``.
+        target_generator: ``DALLEEncoder``, ``DiscreteVAE`` or ``RGBTarget``. Frozen here: always
+            in eval mode, outside autograd and outside checkpoints.
+        teacher_momentum: If given, the alignment target comes from an exponential moving average
+            of the encoder with this momentum instead, updated before each training step. An
+            option of this project, the paper has none.
+        data_preprocessor: A ``CAEDataPreprocessor``.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: dict[str, Any],
+        neck: dict[str, Any],
+        head: dict[str, Any],
+        target_generator: dict[str, Any],
+        teacher_momentum: float | None = None,
+        data_preprocessor: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            backbone=backbone,
+            neck=neck,
+            head=head,
+            target_generator=target_generator,
+            data_preprocessor=data_preprocessor or dict(type='cae_mm.CAEDataPreprocessor'),
+        )
+        self.target_generator.requires_grad_(False)
+        self._register_state_dict_hook(_leave_out_target_generator)
+        self.register_load_state_dict_post_hook(_ignore_missing_target_generator)
+        self.teacher_momentum = teacher_momentum
+        self.teacher: BaseModule | None = None
+        if teacher_momentum is not None:
+            if not 0 <= teacher_momentum < 1:
+                raise ValueError(f'teacher_momentum must be in [0, 1), not {teacher_momentum}')
+            self.teacher = deepcopy(self.backbone).requires_grad_(False)
+
+    def init_weights(self) -> None:
+        """Initialise all parts; an EMA teacher starts as a copy of the encoder."""
+        super().init_weights()
+        if self.teacher is not None:
+            self.teacher.load_state_dict(self.backbone.state_dict())
+
+    def train(self, mode: bool = True) -> 'CAE':
+        """Set the mode; the tokenizer stays in eval mode."""
+        super().train(mode)
+        self.target_generator.eval()
+        return self
+
+    def loss(
+        self, inputs: Sequence[Tensor], data_samples: Sequence[DataSample]
+    ) -> dict[str, Tensor]:
+        """One forward pass of CAE.
+
+        Args:
+            inputs: [view 1 (B, 3, H, W) for the encoder, view 2 (B, 3, h, w) for the tokenizer],
+                both normalised; [view 1] is enough for pixel targets.
+            data_samples: B samples with a bool ``mask`` of shape (N,) or (H/p, W/p), True =
+                masked, the same number M in each.
+
+        Returns:
+            Losses and metrics, see ``CAEPretrainHead.loss``.
+        """
+        images = inputs[0]
+        mask = torch.stack([sample.mask for sample in data_samples]).flatten(1).bool()  # [B, N]
+        grid = self._check_grid(images, mask)
+        ids_v, ids_m = (_to_device(ids, images.device) for ids in split_mask(mask))
+
+        with torch.no_grad():  # before the rest: no activations are held yet, the peak is lower
+            y_target = self.make_target(inputs, ids_m, grid)  # [B, M] or [B, M, K]
+            z_target = self.align_target(images, ids_m)  # [B, M, D]
+        z_v = self.encode(images, ids_v)  # [B, V, D]
+        z_m = self.neck.regress(z_v, ids_v, ids_m, grid)  # [B, M, D]
+        y_m = self.neck.decode(z_m, ids_m, grid)  # [B, M, K]
+        return self.head.loss(y_m, y_target, z_m, z_target)
+
+    def encode(self, images: Tensor, ids: Tensor, teacher: bool = False) -> Tensor:
+        """Latents of the patches ``ids`` at the regressor's width, without class token."""
+        encoder = self.teacher if teacher else self.backbone
+        return self.neck.project(encoder.encode(images, ids)[:, 1:])
+
+    def align_target(self, images: Tensor, ids_m: Tensor) -> Tensor:
+        """Latents that the encoder, seeing only the masked patches, gives to them."""
+        if self.teacher is None:
+            return self.encode(images, ids_m)
+        if self.training:
+            self._update_teacher()
+        return self.encode(images, ids_m, teacher=True)
+
+    def make_target(self, inputs: Sequence[Tensor], ids_m: Tensor, grid: Grid) -> Tensor:
+        """Tokens or pixels of the masked patches."""
+        view = self.target_generator.view
+        if len(inputs) <= view:
+            raise ValueError(
+                f'{type(self.target_generator).__name__} reads view {view + 1}, but inputs has '
+                f'{len(inputs)} view(s): give TwoViewResizedCrop a second_size'
+            )
+        return self.target_generator.targets(inputs[view], ids_m, grid)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Predict the targets of the masked patches without computing losses.
+
+        Args:
+            images: Normalised view 1, shape (B, 3, H, W).
+            mask: Bool tensor with shape (B, N), True = masked.
+
+        Returns:
+            Logits or pixels of the masked patches in row-major order, shape (B, M, K).
+        """
+        grid = self._check_grid(images, mask)
+        ids_v, ids_m = (_to_device(ids, images.device) for ids in split_mask(mask))
+        z_m = self.neck.regress(self.encode(images, ids_v), ids_v, ids_m, grid)
+        return self.neck.decode(z_m, ids_m, grid)
+
+    def extract_feat(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Features of whole images, see ``CAEViT.forward``; of several views the first counts."""
+        return self.backbone(inputs if isinstance(inputs, Tensor) else inputs[0])
+
+    @torch.no_grad()
+    def _update_teacher(self) -> None:
+        for ema, param in zip(self.teacher.parameters(), self.backbone.parameters(), strict=True):
+            ema.lerp_(param, 1 - self.teacher_momentum)
+
+    def _check_grid(self, images: Tensor, mask: Tensor) -> Grid:
+        grid = grid_of((images.shape[-2], images.shape[-1]), self.backbone.patch_size)
+        if grid != self.backbone.grid:
+            size = tuple(side * self.backbone.patch_size for side in self.backbone.grid)
+            raise ValueError(
+                f'the images are {images.shape[-2]}x{images.shape[-1]} pixels, but '
+                f'backbone.img_size is {size[0]}x{size[1]}: make the two equal'
+            )
+        if mask.shape[1] != grid[0] * grid[1]:
+            raise ValueError(
+                f'the masks have {mask.shape[1]} entries, but the images have '
+                f'{grid[0]}x{grid[1]} patches'
+            )
+        return grid
+
+
+def _to_device(ids: Tensor, device: torch.device) -> Tensor:
+    """Copy indices to the device; from pinned memory the host does not wait for the copy."""
+    if device.type == 'cuda' and ids.device.type == 'cpu':
+        ids = ids.pin_memory()
+    return ids.to(device, non_blocking=True)
+
+
+def _leave_out_target_generator(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
+) -> None:
+    for key in [key for key in state_dict if key.startswith(f'{prefix}target_generator.')]:
+        del state_dict[key]
+
+
+def _ignore_missing_target_generator(module: nn.Module, incompatible_keys: Any) -> None:
+    missing = incompatible_keys.missing_keys
+    missing[:] = [key for key in missing if 'target_generator.' not in key]

@@ -1,0 +1,83 @@
+"""The two losses of CAE and the numbers that show whether it learns.
+
+Reference: paper, section 3.2 "Objective Function", https://arxiv.org/abs/2202.03026
+"""
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from torch import Tensor
+
+from cae_mm.registry import MODELS
+
+
+@MODELS.register_module()
+class CAEPretrainHead(BaseModule):
+    """Reconstruction loss + lambda * alignment loss, both in (at least) float32.
+
+    Token targets (integers) are compared by cross entropy, pixel targets (floats) by mean squared
+    error.
+
+    Args:
+        align_weight: lambda of the paper, 2; 1 and 1.5 are slightly worse (paper, section 4.5).
+    """
+
+    def __init__(self, align_weight: float = 2.0) -> None:
+        super().__init__()
+        self.align_weight = align_weight
+
+    def loss(
+        self, y_m: Tensor, y_target: Tensor, z_m: Tensor, z_target: Tensor
+    ) -> dict[str, Tensor]:
+        """Compute losses and metrics over the masked patches.
+
+        Args:
+            y_m: Decoder output, shape (B, M, K): logits of K tokens, or K pixel values.
+            y_target: Tokens, int64 with shape (B, M), or pixels, float with shape (B, M, K).
+            z_m: Latents predicted by the regressor, shape (B, M, D).
+            z_target: Latents that the encoder gives to the masked patches, shape (B, M, D).
+
+        Returns:
+            ``loss_main`` and ``loss_align``, whose sum is minimised, and metrics without gradient:
+            ``align_cos`` (mean cosine of predicted and encoded latents), ``latent_std`` (standard
+            deviation of Z_m over the batch, mean over places and channels: towards 0 is collapse)
+            and, for tokens, ``token_acc`` (share of right tokens, [0, 1]) and ``target_codes``
+            (number of different tokens among the targets of this batch).
+
+        Raises:
+            ValueError: If the decoder's outputs do not fit the targets.
+        """
+        y_m, z_m, z_target = _at_least_float32(y_m), _at_least_float32(z_m), z_target.detach()
+        losses = {
+            'loss_main': self._main(y_m, y_target),
+            'loss_align': self.align_weight * F.mse_loss(z_m, z_target.to(z_m.dtype)),
+        }
+        with torch.no_grad():
+            return losses | self._metrics(y_m, y_target, z_m, z_target)
+
+    def _main(self, y_m: Tensor, y_target: Tensor) -> Tensor:
+        if not y_target.is_floating_point():
+            return F.cross_entropy(y_m.flatten(0, 1), y_target.flatten())
+        if y_m.shape != y_target.shape:
+            raise ValueError(
+                f'the decoder predicts {y_m.shape[-1]} values per patch, the targets have '
+                f'{y_target.shape[-1]}: set neck.out_dims={y_target.shape[-1]}'
+            )
+        return F.mse_loss(y_m, y_target.to(y_m.dtype))
+
+    def _metrics(
+        self, y_m: Tensor, y_target: Tensor, z_m: Tensor, z_target: Tensor
+    ) -> dict[str, Tensor]:
+        metrics = {
+            'align_cos': F.cosine_similarity(z_m, z_target.to(z_m.dtype), dim=-1).mean(),
+            'latent_std': z_m.std(0, correction=0).mean(),
+        }
+        if not y_target.is_floating_point():
+            seen = y_m.new_zeros(y_m.shape[-1]).scatter_(0, y_target.flatten(), 1.0)
+            metrics['token_acc'] = (y_m.argmax(-1) == y_target).float().mean()
+            metrics['target_codes'] = seen.sum()
+        return metrics
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,171 @@
+"""The latent contextual regressor H and the decoder G of CAE.
+
+References:
+    Paper, section 3.1 "Regressor" and "Decoder": https://arxiv.org/abs/2202.03026
+    Official code: https://github.com/Atten4Vis/CAE/blob/master/models/modeling_cae_helper.py
+"""
+
+import torch
+from mmcv.cnn.bricks import DropPath
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from cae_mm.models.layers import (
+    Block,
+    CrossAttention,
+    Grid,
+    Mlp,
+    SinCosPositions,
+    gather_tokens,
+    init_linear_and_norm,
+    linear_drop_path,
+    trunc_normal_,
+)
+from cae_mm.registry import MODELS
+
+
+class RegressorBlock(nn.Module):
+    """Cross-attention block: masked patches ask, visible and masked patches answer.
+
+    Args:
+        dim: Width D.
+        num_heads: Number of attention heads.
+        mlp_ratio: Hidden width of the MLP over D.
+        drop_path: Probability to skip a residual branch of an image.
+        layer_scale: Initial value of the two learned per-channel scales.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        layer_scale: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.norm_q = nn.LayerNorm(dim, eps=1e-6)
+        self.norm_k = nn.LayerNorm(dim, eps=1e-6)
+        self.norm_v = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = CrossAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, mlp_ratio)
+        self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale))
+        self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x_m: Tensor, z_v: Tensor, pos_m: Tensor, pos: Tensor) -> Tensor:
+        """Update the masked patches.
+
+        Args:
+            x_m: Current estimate of the masked patches, shape (B, M, D).
+            z_v: Latents of the visible patches, shape (B, V, D); never updated.
+            pos_m: Positions of the masked patches, shape (B, M, D).
+            pos: Positions of the visible, then of the masked patches, shape (B, V + M, D).
+        """
+        x = torch.cat([z_v, x_m], dim=1)  # [B, V+M, D]
+        x = self.attn(self.norm_q(x_m + pos_m), self.norm_k(x + pos), self.norm_v(x))
+        x = x_m + self.drop_path(self.gamma_1 * x)
+        x = self.norm2(x)  # the second residual starts from the normalised x
+        return x + self.drop_path(self.gamma_2 * self.mlp(x))  # [B, M, D]
+
+
+@MODELS.register_module()
+class CAENeck(BaseModule):
+    """Regressor and decoder, with the projection before them where their width differs.
+
+    Args:
+        in_dims: Width of the encoder.
+        embed_dims: Width D of regressor and decoder.
+        num_heads: Number of attention heads.
+        regressor_depth: Number of cross-attention blocks.
+        decoder_depth: Number of self-attention blocks.
+        out_dims: Size of the vocabulary, or values per patch for pixel targets.
+        mlp_ratio: Hidden width of the MLPs over the width.
+        drop_path_rate: Drop path of the last block of either; grows linearly from 0.
+        layer_scale: Initial layer scale of either. The paper's L uses 1e-5 like its encoder; in
+            the official code the flag never arrives and L has 0.1.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_dims: int = 768,
+        embed_dims: int = 768,
+        num_heads: int = 12,
+        regressor_depth: int = 4,
+        decoder_depth: int = 4,
+        out_dims: int = 8192,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+        layer_scale: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.projection: nn.Module = nn.Identity()
+        if in_dims != embed_dims:
+            self.projection = nn.Sequential(
+                nn.Linear(in_dims, embed_dims), nn.LayerNorm(embed_dims, eps=1e-6)
+            )
+        self.positions = SinCosPositions(embed_dims)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dims))
+        shape = dict(dim=embed_dims, num_heads=num_heads)
+        options = dict(mlp_ratio=mlp_ratio, layer_scale=layer_scale)
+        self.regressor = nn.ModuleList(
+            RegressorBlock(**shape, drop_path=rate, **options)
+            for rate in linear_drop_path(drop_path_rate, regressor_depth)
+        )
+        self.regressor_norm = nn.LayerNorm(embed_dims, eps=1e-6)
+        self.decoder = nn.ModuleList(
+            Block(**shape, drop_path=rate, **options)
+            for rate in linear_drop_path(drop_path_rate, decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(embed_dims, eps=1e-6)
+        self.output = nn.Linear(embed_dims, out_dims)
+
+    def init_weights(self) -> None:
+        """Initialise as the official code does."""
+        self.apply(init_linear_and_norm)
+        trunc_normal_(self.mask_token)
+
+    def project(self, z: Tensor) -> Tensor:
+        """Bring latents of the encoder, shape (B, L, in_dims), to width D."""
+        return self.projection(z)
+
+    def regress(self, z_v: Tensor, ids_v: Tensor, ids_m: Tensor, grid: Grid) -> Tensor:
+        """Predict the latents of the masked patches from those of the visible ones.
+
+        Args:
+            z_v: Projected latents of the visible patches without class token, shape (B, V, D).
+            ids_v: Indices of the visible patches, shape (B, V).
+            ids_m: Indices of the masked patches, shape (B, M).
+            grid: Rows and columns of patches.
+
+        Returns:
+            Z_m with shape (B, M, D).
+        """
+        pos_v, pos_m = self._positions(grid, ids_v), self._positions(grid, ids_m)
+        pos = torch.cat([pos_v, pos_m], dim=1)  # [B, V+M, D]
+        x_m = self.mask_token.expand(*ids_m.shape, -1)  # [B, M, D]
+        for block in self.regressor:
+            x_m = block(x_m, z_v, pos_m, pos)
+        return self.regressor_norm(x_m)
+
+    def decode(self, z_m: Tensor, ids_m: Tensor, grid: Grid) -> Tensor:
+        """Predict the targets of patches from their latents alone.
+
+        Args:
+            z_m: Latents, shape (B, M, D): the regressor's or projected ones of the encoder.
+            ids_m: Indices of these patches, shape (B, M).
+            grid: Rows and columns of patches.
+
+        Returns:
+            Logits or pixels with shape (B, M, out_dims).
+        """
+        x = z_m + self._positions(grid, ids_m)
+        for block in self.decoder:
+            x = block(x)
+        return self.output(self.decoder_norm(x))
+
+    def _positions(self, grid: Grid, ids: Tensor) -> Tensor:
+        return self.positions(grid, ids.device)[ids]  # [B, K, D]

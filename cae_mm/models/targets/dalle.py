@@ -1,0 +1,178 @@
+"""The published d-VAE of DALL-E: tokenizer (encoder) and painter (decoder).
+
+Layer names are those of the published weights, so that converted files load strictly.
+
+References:
+    Paper: https://arxiv.org/abs/2102.12092
+    Structure: https://github.com/openai/DALL-E/blob/master/dall_e/encoder.py and decoder.py
+"""
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from cae_mm.checkpoints import PretrainedMixin
+from cae_mm.models.targets.tokenizer import Tokenizer
+from cae_mm.registry import MODELS
+
+NUM_GROUPS = 4
+
+
+class Conv2d(nn.Module):
+    """Convolution with the published parameter names ``w`` and ``b``, size-preserving padding."""
+
+    def __init__(self, n_in: int, n_out: int, kernel_size: int) -> None:
+        super().__init__()
+        std = (n_in * kernel_size**2) ** -0.5
+        self.w = nn.Parameter(torch.empty(n_out, n_in, kernel_size, kernel_size).normal_(std=std))
+        self.b = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve ``x``, shape (B, n_in, H, W)."""
+        return F.conv2d(x, self.w, self.b, padding=self.w.shape[-1] // 2)
+
+
+class ResBlock(nn.Module):
+    """Bottleneck block; encoder and decoder differ in where the 1x1 convolution stands."""
+
+    def __init__(self, n_in: int, n_out: int, kernels: tuple[int, ...], num_blocks: int) -> None:
+        super().__init__()
+        n_hid = n_out // 4
+        self.post_gain = 1 / num_blocks**2
+        self.id_path = Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        widths = [n_in, n_hid, n_hid, n_hid, n_out]
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, kernel in enumerate(kernels):
+            layers[f'relu_{i + 1}'] = nn.ReLU()
+            layers[f'conv_{i + 1}'] = Conv2d(widths[i], widths[i + 1], kernel)
+        self.res_path = nn.Sequential(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform ``x``, shape (B, n_in, H, W)."""
+        return self.id_path(x) + self.post_gain * self.res_path(x)
+
+
+def _groups(
+    widths: list[int], blocks_per_group: int, kernels: tuple[int, ...], resample: dict[str, Any]
+) -> OrderedDict[str, nn.Module]:
+    """Groups of blocks with a resampling layer behind all but the last group."""
+    groups: OrderedDict[str, nn.Module] = OrderedDict()
+    for g in range(NUM_GROUPS):
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for b in range(blocks_per_group):
+            n_in = widths[g] if b == 0 else widths[g + 1]
+            layers[f'block_{b + 1}'] = ResBlock(
+                n_in, widths[g + 1], kernels, NUM_GROUPS * blocks_per_group
+            )
+        if g < NUM_GROUPS - 1:
+            layers[resample['name']] = resample['layer']
+        groups[f'group_{g + 1}'] = nn.Sequential(layers)
+    return groups
+
+
+@MODELS.register_module()
+class DALLEEncoder(Tokenizer, BaseModule):
+    """DALL-E's encoder: images to tokens, 8 pixels of a side per token.
+
+    Args:
+        n_hid: Width of the first group; the last has 8 times as many channels.
+        blocks_per_group: Blocks in each of the 4 groups.
+        vocab_size: Number of tokens.
+        mixed_precision: Whether the convolutions of a step under autocast run in float16 on a
+            GPU, as OpenAI's do, or in bfloat16 on a CPU. The output layer is float32 always, as
+            in OpenAI's code. With False all is float32 and tokens do not depend on autocast.
+        init_cfg: ``dict(type='Pretrained', checkpoint='cae_ckpt/dalle_encoder.safetensors')``.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_hid: int = 256,
+        blocks_per_group: int = 2,
+        vocab_size: int = 8192,
+        mixed_precision: bool = True,
+        init_cfg: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        self.mixed_precision = mixed_precision
+        self.blocks = nn.Sequential(
+            OrderedDict(
+                input=Conv2d(3, n_hid, 7),
+                **_groups(
+                    [n_hid, n_hid, 2 * n_hid, 4 * n_hid, 8 * n_hid],
+                    blocks_per_group,
+                    kernels=(3, 3, 3, 1),
+                    resample=dict(name='pool', layer=nn.MaxPool2d(2)),
+                ),
+                output=nn.Sequential(
+                    OrderedDict(relu=nn.ReLU(), conv=Conv2d(8 * n_hid, vocab_size, 1))
+                ),
+            )
+        )
+        self.to(memory_format=torch.channels_last)
+
+    def encode_features(self, images: Tensor) -> Tensor:
+        """Run all but the output layer: (B, 3, h, w) in [0.1, 0.9] -> (B, 8 * n_hid, h/8, w/8)."""
+        device = images.device.type
+        dtype = torch.float16 if device == 'cuda' else torch.bfloat16
+        mixed = self.mixed_precision and torch.is_autocast_enabled(device)
+        with torch.autocast(device, dtype, enabled=mixed):
+            return self.blocks[:-1](images.contiguous(memory_format=torch.channels_last))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits of features (..., 8 * n_hid), always in (at least) float32."""
+        conv = self.blocks.output.conv
+        with torch.autocast(features.device.type, enabled=False):
+            x = self.blocks.output.relu(features.to(conv.w.dtype))
+            return F.linear(x, conv.w.flatten(1), conv.b)
+
+
+@MODELS.register_module()
+class DALLEDecoder(PretrainedMixin, BaseModule):
+    """DALL-E's decoder: tokens to images. Used for pictures only.
+
+    Args:
+        n_init: Width of the token embedding.
+        n_hid: Width of the last group; the first has 8 times as many channels.
+        blocks_per_group: Blocks in each of the 4 groups.
+        vocab_size: Number of tokens.
+        init_cfg: ``dict(type='Pretrained', checkpoint='cae_ckpt/dalle_decoder.safetensors')``.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_init: int = 128,
+        n_hid: int = 256,
+        blocks_per_group: int = 2,
+        vocab_size: int = 8192,
+        init_cfg: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        self.vocab_size = vocab_size
+        self.blocks = nn.Sequential(
+            OrderedDict(
+                input=Conv2d(vocab_size, n_init, 1),
+                **_groups(
+                    [n_init, 8 * n_hid, 4 * n_hid, 2 * n_hid, n_hid],
+                    blocks_per_group,
+                    kernels=(1, 3, 3, 3),
+                    resample=dict(name='upsample', layer=nn.Upsample(scale_factor=2)),
+                ),
+                output=nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Conv2d(n_hid, 6, 1))),
+            )
+        )
+
+    @torch.no_grad()
+    def decode_tokens(self, tokens: Tensor) -> Tensor:
+        """Paint tokens (B, h, w) as images (B, 3, 8h, 8w) in [0.1, 0.9], the encoder's range.
+
+        The six outputs are location and scale of a logit-Laplace distribution (appendix A.3 of
+        the paper); its location is shown.
+        """
+        x = F.one_hot(tokens, self.vocab_size).movedim(-1, 1).to(self.blocks.input.w.dtype)
+        return self.blocks(x)[:, :3].sigmoid().clamp(0.1, 0.9)

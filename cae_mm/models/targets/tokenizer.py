@@ -1,0 +1,78 @@
+"""What all tokenizers share: one discrete token per patch of the second view."""
+
+from abc import abstractmethod
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor
+
+from cae_mm.checkpoints import PretrainedMixin
+from cae_mm.models.layers import Grid, gather_tokens
+
+
+class Tokenizer(PretrainedMixin):
+    """Mixin for networks that turn an image into a grid of token ids.
+
+    Weights come from ``init_cfg=dict(type='Pretrained', checkpoint=...)``. They are loaded by this
+    module's own ``init_weights``, so that no parent's initialisation overwrites them.
+    """
+
+    view = 1
+    reduction = 8  # pixels of the second view per token, along each side
+
+    @abstractmethod
+    def encode_features(self, images: Tensor) -> Tensor:
+        """Features before the output layer: (B, 3, h, w) -> (B, C, h/8, w/8)."""
+
+    @abstractmethod
+    def classify(self, features: Tensor) -> Tensor:
+        """Output layer, in float32: features (..., C) -> logits (..., vocabulary)."""
+
+    @torch.no_grad()
+    def targets(self, images: Tensor, ids: Tensor, grid: Grid) -> Tensor:
+        """Tokens of the patches ``ids``, without logits for any other patch.
+
+        Args:
+            images: Normalised second view, shape (B, 3, h, w).
+            ids: Indices of patches, shape (B, M).
+            grid: Rows and columns of the encoder's patches.
+
+        Returns:
+            int64 tensor with shape (B, M).
+
+        Raises:
+            ValueError: If the image does not give one token per patch.
+        """
+        features = self.encode_features(images)
+        if tuple(features.shape[-2:]) != tuple(grid):
+            want = tuple(side * self.reduction for side in grid)
+            raise ValueError(
+                f'the encoder sees {grid[0]}x{grid[1]} patches, but a second view of '
+                f'{images.shape[-2]}x{images.shape[-1]} pixels gives {features.shape[-2]}x'
+                f'{features.shape[-1]} tokens: set second_size={want}'
+            )
+        features = features.flatten(2).transpose(1, 2)  # [B, N, C]
+        return self.classify(gather_tokens(features, ids)).argmax(-1)
+
+    @torch.no_grad()
+    def tokenize(self, images: Tensor) -> Tensor:
+        """Tokens of whole images, int64 with shape (B, h/8, w/8)."""
+        features = self.encode_features(images).movedim(1, -1)  # [B, h/8, w/8, C]
+        return self.classify(features).argmax(-1)
+
+    def init_default_weights(self) -> None:
+        """Keep the random weights, and say so: frozen in CAE they make poor targets."""
+        print_log(
+            f'{type(self).__name__} has no init_cfg: it starts with random weights',
+            logger='current',
+        )
+
+    def explain_missing_weights(self) -> str:
+        """Say how to come by a tokenizer."""
+        return (
+            'Ways out: (1) convert the published DALL-E weights, see cae_ckpt/README.md: '
+            'python tools/convert_dalle.py encoder.pkl; (2) train an own tokenizer: '
+            'python tools/train.py configs/tokenizer/dvae_8xb64-amp-coslr-100e_in1k.py; '
+            '(3) use pixels as targets, they need no weights: '
+            'configs/pretrain/cae-rgb_vit-base-p16_32xb64-amp-coslr-300e_in1k.py'
+        )

@@ -1,0 +1,243 @@
+"""The encoder F of CAE: one ViT backbone for pretraining, probing and every downstream task.
+
+References:
+    Paper, section 3.1 "Encoder": https://arxiv.org/abs/2202.03026
+    Official code: https://github.com/Atten4Vis/CAE/blob/master/models/modeling_cae_helper.py
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from cae_mm.checkpoints import PretrainedMixin
+from cae_mm.models.layers import (
+    Block,
+    Grid,
+    SinCosPositions,
+    gather_tokens,
+    grid_of,
+    init_linear_and_norm,
+    linear_drop_path,
+    patchify,
+    to_pair,
+    trunc_normal_,
+)
+from cae_mm.registry import MODELS
+
+# Sizes: paper, "Training Details" (S, B, L) and "Downstream Tasks" (H).
+# Layer scale: official scripts, --layer_scale_init_value (S, B: 0.1, L: 1e-5).
+ARCHS: dict[str, dict[str, Any]] = {
+    # the official cae_tiny has 12 heads; 3 is the standard ViT-Ti
+    'tiny': dict(embed_dims=192, depth=12, num_heads=3, layer_scale=0.1),
+    # the paper says "standard ViT-S", that is 6 heads; the official cae_small has 12
+    'small': dict(embed_dims=384, depth=12, num_heads=6, layer_scale=0.1),
+    'base': dict(embed_dims=768, depth=12, num_heads=12, layer_scale=0.1),
+    'large': dict(embed_dims=1024, depth=24, num_heads=16, layer_scale=1e-5),
+    'huge': dict(embed_dims=1280, depth=32, num_heads=16, layer_scale=1e-5),
+}
+OUT_TYPES = ('raw', 'cls_token', 'featmap', 'avg_featmap')
+
+
+class PatchEmbed(nn.Module):
+    """Linear projection of flat patches, stored as the convolution that other codes use."""
+
+    def __init__(self, in_channels: int, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Embed ``patches``, shape (B, K, C * p * p), into shape (B, K, D)."""
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+@MODELS.register_module()
+class CAEViT(PretrainedMixin, BaseModule):
+    """Vision transformer of CAE.
+
+    Args:
+        arch: 'tiny', 'small', 'base', 'large', 'huge', or a dict with the keys ``embed_dims``,
+            ``depth``, ``num_heads`` and ``layer_scale``.
+        img_size: Height and width in pixels that the fixed positions are made for. In
+            pretraining the images must have this size; elsewhere positions are resized.
+        patch_size: Side of a patch in pixels.
+        in_channels: Channels of the images.
+        mlp_ratio: Hidden width of the MLPs over the width.
+        drop_path_rate: Drop path of the last block; grows linearly from 0 over depth.
+        out_indices: Blocks whose outputs ``forward`` returns, counted from 0; negative numbers
+            count from the end.
+        out_type: What is returned of each of them: 'raw' tokens (B, 1 + N, D) with the class
+            token first, 'cls_token' (B, D), 'featmap' (B, D, H/p, W/p) or 'avg_featmap' (B, D),
+            the mean over patches.
+        frozen_stages: Number of blocks that are frozen with everything before them; -1 freezes
+            nothing, ``depth`` freezes all, the final norm included.
+        with_cp: Recompute each block's activations in the backward pass to save memory.
+        init_cfg: ``dict(type='Pretrained', checkpoint=..., prefix='backbone.')`` or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        arch: str | dict[str, Any] = 'base',
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_channels: int = 3,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+        out_indices: int | Sequence[int] = -1,
+        out_type: str = 'raw',
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        init_cfg: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        arch = _resolve_arch(arch)
+        self.embed_dims = arch['embed_dims']
+        self.depth = arch['depth']
+        self.patch_size = patch_size
+        self.grid = grid_of(to_pair(img_size), patch_size)
+        self.out_indices = self._resolve_indices(out_indices)
+        if out_type not in OUT_TYPES:
+            raise ValueError(f"Unknown out_type '{out_type}': choose one of {OUT_TYPES}")
+        self.out_type = out_type
+        if not -1 <= frozen_stages <= self.depth:
+            raise ValueError(f'frozen_stages must be in [-1, {self.depth}], not {frozen_stages}')
+        self.frozen_stages = frozen_stages
+        self.with_cp = with_cp
+
+        self.patch_embed = PatchEmbed(in_channels, patch_size, self.embed_dims)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dims))
+        self.positions = SinCosPositions(self.embed_dims, base_grid=self.grid)
+        self.blocks = nn.ModuleList(
+            Block(
+                self.embed_dims,
+                arch['num_heads'],
+                mlp_ratio=mlp_ratio,
+                drop_path=rate,
+                layer_scale=arch['layer_scale'],
+            )
+            for rate in linear_drop_path(drop_path_rate, self.depth)
+        )
+        self.norm = nn.LayerNorm(self.embed_dims, eps=1e-6)
+        self._freeze_stages()
+
+    def init_default_weights(self) -> None:
+        """Initialise as the official code does (DESIGN: xavier linears, truncated normal rest)."""
+        self.apply(init_linear_and_norm)
+        trunc_normal_(self.patch_embed.proj.weight)
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        trunc_normal_(self.cls_token)
+
+    def encode(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Encode the class token and the patches ``ids``; other patches are not looked at.
+
+        Args:
+            images: Normalised images, shape (B, C, H, W).
+            ids: Indices of K patches of each image, shape (B, K), or None for all N patches.
+
+        Returns:
+            Tensor with shape (B, 1 + K, D) after the final norm, class token first.
+        """
+        x = self._embed(images, ids)
+        for block in self.blocks:
+            x = self._run(block, x)
+        return self.norm(x)  # [B, 1+K, D]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs of the blocks ``out_indices`` in the form ``out_type``.
+
+        Args:
+            images: Normalised images of any size that is a multiple of the patch size,
+                shape (B, C, H, W).
+
+        Returns:
+            One tensor per index; the final norm is applied to the last block's output only.
+        """
+        grid = grid_of((images.shape[-2], images.shape[-1]), self.patch_size)
+        x = self._embed(images)
+        outs = []
+        for i, block in enumerate(self.blocks):
+            x = self._run(block, x)
+            if i in self.out_indices:
+                outs.append(self._format(self.norm(x) if i == self.depth - 1 else x, grid))
+        return tuple(outs)
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Return a parameter's layer for layer-wise learning rate decay, and the number of layers.
+
+        As in the official ``get_num_layer_for_vit``: 0 for the embeddings, i + 1 for block i,
+        depth + 1 for all the rest (the final norm and what lies outside the backbone).
+
+        Args:
+            param_name: Name of the parameter, with ``prefix``.
+            prefix: The backbone's place in the model, for example 'backbone.'.
+        """
+        num_layers = self.depth + 2
+        name = param_name.removeprefix(prefix) if param_name.startswith(prefix) else ''
+        if name.startswith(('cls_token', 'patch_embed')):
+            return 0, num_layers
+        if name.startswith('blocks.'):
+            return int(name.split('.')[1]) + 1, num_layers
+        return num_layers - 1, num_layers
+
+    def train(self, mode: bool = True) -> 'CAEViT':
+        """Set the mode; frozen blocks stay in eval mode (no drop path)."""
+        super().train(mode)
+        self._freeze_stages()
+        return self
+
+    def _embed(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
+        grid = grid_of((images.shape[-2], images.shape[-1]), self.patch_size)
+        patches = patchify(images, self.patch_size)  # [B, N, C*p*p]
+        positions = self.positions(grid, images.device).unsqueeze(0)  # [1, N, D]
+        if ids is not None:
+            patches = gather_tokens(patches, ids)  # [B, K, C*p*p]
+            positions = gather_tokens(positions.expand(len(ids), -1, -1), ids)  # [B, K, D]
+        x = self.patch_embed(patches) + positions
+        # the class token's position is zero in the official code: nothing to add
+        return torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.with_cp and self.training and x.requires_grad:
+            return torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+        return block(x)
+
+    def _format(self, x: Tensor, grid: Grid) -> Tensor:
+        if self.out_type == 'raw':
+            return x
+        if self.out_type == 'cls_token':
+            return x[:, 0]
+        if self.out_type == 'avg_featmap':
+            return x[:, 1:].mean(1)
+        return x[:, 1:].transpose(1, 2).unflatten(-1, grid)  # [B, D, h, w]
+
+    def _freeze_stages(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        frozen: list[nn.Module] = [self.patch_embed, *self.blocks[: self.frozen_stages]]
+        if self.frozen_stages == self.depth:
+            frozen.append(self.norm)
+        self.cls_token.requires_grad_(False)
+        for module in frozen:
+            module.eval().requires_grad_(False)
+
+    def _resolve_indices(self, out_indices: int | Sequence[int]) -> tuple[int, ...]:
+        indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
+        for index in indices:
+            if not -self.depth <= index < self.depth:
+                raise ValueError(f'out_indices has {index}, but there are {self.depth} blocks')
+        return tuple(index % self.depth for index in indices)
+
+
+def _resolve_arch(arch: str | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(arch, str):
+        if arch not in ARCHS:
+            raise ValueError(f"Unknown arch '{arch}': choose one of {tuple(ARCHS)} or give a dict")
+        return ARCHS[arch]
+    if set(arch) != set(ARCHS['base']):
+        raise ValueError(f'arch needs exactly the keys {sorted(ARCHS["base"])}, not {sorted(arch)}')
+    return arch

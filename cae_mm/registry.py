@@ -1,0 +1,34 @@
+"""Registries of the scope ``cae_mm``: children of mmengine's root registries.
+
+``type='cae_mm.X'`` in any config makes mmengine import this module and then ``locations``, so an
+installed package needs no ``custom_imports``.
+"""
+
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
+from mmengine.registry import Registry
+
+__all__ = [
+    'DATASETS',
+    'HOOKS',
+    'MODELS',
+    'OPTIM_WRAPPERS',
+    'OPTIM_WRAPPER_CONSTRUCTORS',
+    'TRANSFORMS',
+]
+
+
+def _child(parent: Registry, location: str) -> Registry:
+    return Registry(parent.name, parent=parent, scope='cae_mm', locations=[location])
+
+
+DATASETS = _child(MMENGINE_DATASETS, 'cae_mm.datasets')
+HOOKS = _child(MMENGINE_HOOKS, 'cae_mm.engine')
+MODELS = _child(MMENGINE_MODELS, 'cae_mm.models')
+OPTIM_WRAPPERS = _child(MMENGINE_OPTIM_WRAPPERS, 'cae_mm.engine')
+OPTIM_WRAPPER_CONSTRUCTORS = _child(MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS, 'cae_mm.engine')
+TRANSFORMS = _child(MMENGINE_TRANSFORMS, 'cae_mm.datasets')
