@@ -97,7 +97,7 @@ def sincos_positions(grid: Grid, dim: int, temperature: float = 10000.0) -> Tens
     """
     if dim % 4:
         raise ValueError(f'2D sin-cos positions need a width that is a multiple of 4, not {dim}')
-    omega = temperature ** -(torch.arange(dim // 4, dtype=torch.float32) / (dim // 4))  # [D/4]
+    omega = 1.0 / temperature ** (torch.arange(dim // 4, dtype=torch.float32) / (dim // 4))  # [D/4]
     rows, columns = torch.meshgrid(
         torch.arange(grid[0], dtype=torch.float32),
         torch.arange(grid[1], dtype=torch.float32),
