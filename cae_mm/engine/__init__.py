@@ -1,6 +1,11 @@
 """What the Runner needs beside models and data: optimisation and hooks."""
 
-from cae_mm.engine.hooks import EpochSeedHook, GumbelTemperatureHook, NonFiniteLossHook
+from cae_mm.engine.hooks import (
+    EpochSeedHook,
+    GumbelTemperatureHook,
+    NonFiniteLossHook,
+    ThroughputHook,
+)
 from cae_mm.engine.optim import BF16OptimWrapper, LayerDecayOptimWrapperConstructor
 
 __all__ = [
@@ -9,4 +14,5 @@ __all__ = [
     'GumbelTemperatureHook',
     'LayerDecayOptimWrapperConstructor',
     'NonFiniteLossHook',
+    'ThroughputHook',
 ]

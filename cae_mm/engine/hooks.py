@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import get_rank
+from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import FUNCTIONS
@@ -44,6 +44,23 @@ def seeded_by_torch(worker_id: int) -> None:
     torch derives them (Python's and numpy's too) from the main process' generator whenever the
     loader is iterated anew. mmengine's default would overwrite them with constants.
     """
+
+
+@HOOKS.register_module()
+class ThroughputHook(Hook):
+    """Log ``images_per_s`` over all processes, beside mmengine's time and ETA."""
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: dict[str, Any] | None = None,
+        outputs: dict[str, Any] | None = None,
+    ) -> None:
+        """Divide the images of the batch by the time that ``IterTimerHook`` took."""
+        images = len(data_batch['data_samples']) * get_world_size()
+        seconds = runner.message_hub.get_scalar('train/time').current()
+        runner.message_hub.update_scalar('train/images_per_s', images / seconds)
 
 
 @HOOKS.register_module()

@@ -1,0 +1,28 @@
+"""What every run has in common."""
+
+default_scope = 'mmpretrain'
+custom_imports = dict(imports=['cae_mm'], allow_failed_imports=False)
+default_hooks = dict(
+    timer=dict(type='IterTimerHook'),
+    logger=dict(type='LoggerHook', interval=50),
+    param_scheduler=dict(type='ParamSchedulerHook'),
+    checkpoint=dict(type='CheckpointHook', interval=10, max_keep_ckpts=3),
+    sampler_seed=dict(type='DistSamplerSeedHook'),
+)
+custom_hooks = [
+    dict(type='cae_mm.EpochSeedHook'),
+    dict(type='cae_mm.ThroughputHook'),
+    dict(type='cae_mm.NonFiniteLossHook'),
+]
+env_cfg = dict(
+    cudnn_benchmark=True,
+    mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
+    dist_cfg=dict(backend='nccl'),
+)
+visualizer = dict(
+    type='mmpretrain.UniversalVisualizer', vis_backends=[dict(type='LocalVisBackend')]
+)
+log_level = 'INFO'
+load_from = None
+resume = False
+randomness = dict(seed=0, deterministic=False)  # a fixed seed, so that resuming is exact

@@ -1,0 +1,62 @@
+"""Train whatever a config describes: a tokenizer, CAE, a probe, a downstream model.
+
+    python tools/train.py CONFIG [--work-dir DIR] [--resume [CHECKPOINT]] [--amp]
+        [--cfg-options train_dataloader.batch_size=32 ...]
+    torchrun --nproc-per-node 8 tools/train.py CONFIG --launcher pytorch
+"""
+
+import argparse
+
+from mmengine.config import Config
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from cae_mm.engine.cli import add_common_arguments, load_config
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line; the options are those of mmpretrain's tool."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_common_arguments(parser)
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        help='continue from this checkpoint, or from the last one in the work directory',
+    )
+    parser.add_argument(
+        '--amp', action='store_true', help='bfloat16 mixed precision, on GPU and CPU'
+    )
+    parser.add_argument('--no-validate', action='store_true', help='do not evaluate in training')
+    parser.add_argument(
+        '--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size'
+    )
+    return parser.parse_args()
+
+
+def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
+    """Put what the command line says into the config."""
+    if args.no_validate:
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    if args.amp:
+        cfg.optim_wrapper.type = 'cae_mm.BF16OptimWrapper'
+        cfg.optim_wrapper.pop('loss_scale', None)
+        cfg.optim_wrapper.pop('dtype', None)
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    if args.auto_scale_lr:
+        cfg.auto_scale_lr.enable = True
+    return cfg
+
+
+def main() -> None:
+    """Build the Runner and train."""
+    args = parse_args()
+    cfg = merge_args(load_config(args), args)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.train()
+
+
+if __name__ == '__main__':
+    main()
