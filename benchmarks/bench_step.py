@@ -99,10 +99,10 @@ def make_step(name: str, batch_size: int, device: str) -> Callable[[], float]:
         with autocast(device_type=device, dtype=torch.bfloat16, enabled=bf16):
             losses = model(views, samples, mode='loss')
         loss, _ = model.parse_losses(losses)
-        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 3.0)
         optimizer.step()
+        optimizer.zero_grad()  # after the step, as mmengine's OptimWrapper does
         _synchronize(device)
         return time.perf_counter() - start
 

@@ -4,6 +4,7 @@ mmengine's own ``Pretrained`` initialiser loads with ``strict=False`` and falls 
 the pickle; modules with ``PretrainedMixin`` load through this file instead.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def load_pretrained(module: nn.Module, checkpoint: str | Path, prefix: str = '')
         raise FileNotFoundError(f'no weights for {name} at {path.absolute()}. {explain}')
     everything = read_state_dict(path)
     state = {k.removeprefix(prefix): v for k, v in everything.items() if k.startswith(prefix)}
-    problems = _compare(module.state_dict(), state)
+    problems = compare_keys(module.state_dict(), state)
     if problems:
         hint = _hint_prefix(module.state_dict(), everything, prefix)
         raise ValueError(f'{path} does not fit {name}: {"; ".join(problems)}{hint}')
@@ -105,18 +106,25 @@ def read_plain_pickle(path: Path, allowed: list[Any]) -> Any:
     Raises:
         ValueError: If the file refers to anything else; the message names it.
     """
-    before = torch.serialization.get_safe_globals()
+    before = list(torch.serialization.get_safe_globals())  # torch 2.4 gives the list itself
     torch.serialization.add_safe_globals(allowed)
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ...
-        reason = next((s for s in str(error).splitlines() if 'GLOBAL' in s), str(error))
-        raise ValueError(
-            f'{path} was refused, nothing in it was executed: {reason.strip()}'
-        ) from error
+        reason = f'{path} was refused, nothing in it was executed: {_explain(error)}'
+        raise ValueError(reason) from error
     finally:
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(before)
+
+
+def _explain(error: Exception) -> str:
+    """One line out of torch's paragraphs, without their advice to allow what was refused."""
+    name = re.search(r'GLOBAL (\S+)', str(error))
+    if name:
+        return f'it refers to {name[1]}, which is not allowed there'
+    text = str(error).split('WeightsUnpickler error:')[-1].strip()
+    return text.partition('\n')[0] or type(error).__name__
 
 
 def _numpy_globals() -> list[Any]:
@@ -130,7 +138,8 @@ def _numpy_globals() -> list[Any]:
 _MMENGINE_GLOBALS = [HistoryBuffer, *_numpy_globals()]
 
 
-def _compare(target: dict[str, Tensor], source: dict[str, Tensor]) -> list[str]:
+def compare_keys(target: dict[str, Tensor], source: dict[str, Tensor]) -> list[str]:
+    """Say which keys of ``target`` are missing from ``source``, not known to it, or reshaped."""
     reshaped = [
         f'{key} is {tuple(source[key].shape)} in the file and {tuple(value.shape)} in the model'
         for key, value in target.items()
