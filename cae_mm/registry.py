@@ -4,7 +4,7 @@
 installed package needs no ``custom_imports``.
 """
 
-from mmengine.registry import DATASETS as MMENGINE_DATASETS
+from mmengine.registry import FUNCTIONS as MMENGINE_FUNCTIONS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
@@ -13,7 +13,7 @@ from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 __all__ = [
-    'DATASETS',
+    'FUNCTIONS',
     'HOOKS',
     'MODELS',
     'OPTIM_WRAPPERS',
@@ -26,7 +26,7 @@ def _child(parent: Registry, location: str) -> Registry:
     return Registry(parent.name, parent=parent, scope='cae_mm', locations=[location])
 
 
-DATASETS = _child(MMENGINE_DATASETS, 'cae_mm.datasets')
+FUNCTIONS = _child(MMENGINE_FUNCTIONS, 'cae_mm.engine')
 HOOKS = _child(MMENGINE_HOOKS, 'cae_mm.engine')
 MODELS = _child(MMENGINE_MODELS, 'cae_mm.models')
 OPTIM_WRAPPERS = _child(MMENGINE_OPTIM_WRAPPERS, 'cae_mm.engine')

@@ -4,7 +4,9 @@ mmengine's own ``Pretrained`` initialiser loads with ``strict=False`` and falls 
 the pickle; modules with ``PretrainedMixin`` load through this file instead.
 """
 
+import codecs
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +129,37 @@ def _explain(error: Exception) -> str:
     return text.partition('\n')[0] or type(error).__name__
 
 
-def _numpy_globals() -> list[Any]:
-    reconstruct = np.zeros(1).__reduce__()[0]  # its module was renamed in numpy 2
-    scalar = np.float64(0).__reduce__()[0]
-    dtypes = [type(np.dtype(kind)) for kind in ('f8', 'f4', 'i8', 'bool')]
-    return [reconstruct, scalar, np.ndarray, np.dtype, *dtypes]
+def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Wrap ``function`` under the name by which files refer to it; torch's list goes by names."""
+
+    def call(*args: Any) -> Any:
+        return function(*args)
+
+    call.__module__, _, call.__name__ = name.rpartition('.')
+    call.__qualname__ = call.__name__
+    return call
 
 
-# what mmengine's Runner puts beside the weights: the history of logged numbers
-_MMENGINE_GLOBALS = [HistoryBuffer, *_numpy_globals()]
+def _history_statistic(owner: Any, name: str) -> str:
+    """Stand for ``getattr(HistoryBuffer, 'mean')``, the only getattr in a Runner's checkpoint."""
+    if owner is not HistoryBuffer:
+        raise ValueError(f'getattr of {owner}')
+    return name
+
+
+# what mmengine's Runner puts beside the weights: the history of logged numbers, in numpy arrays
+# whose module was renamed in numpy 2
+_RECONSTRUCT, _SCALAR = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
+_MMENGINE_GLOBALS = [
+    HistoryBuffer,
+    codecs.encode,  # bytes in arrays
+    _named(_history_statistic, 'builtins.getattr'),
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ('f8', 'f4', 'i8', 'bool')),
+    *(_named(_RECONSTRUCT, f'numpy.{core}.multiarray._reconstruct') for core in ('core', '_core')),
+    *(_named(_SCALAR, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')),
+]
 
 
 def compare_keys(target: dict[str, Tensor], source: dict[str, Tensor]) -> list[str]:

@@ -10,10 +10,9 @@ import torch
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.registry import FUNCTIONS
 from mmengine.runner import Runner
 
-from cae_mm.registry import HOOKS
+from cae_mm.registry import FUNCTIONS, HOOKS
 
 
 @HOOKS.register_module()
@@ -37,7 +36,7 @@ class EpochSeedHook(Hook):
         torch.manual_seed(seed)
 
 
-@FUNCTIONS.register_module('cae_mm.seeded_by_torch')
+@FUNCTIONS.register_module()
 def seeded_by_torch(worker_id: int) -> None:
     """Leave a data worker with the seeds that torch gave it.
 
