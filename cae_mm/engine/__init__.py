@@ -4,6 +4,7 @@ from cae_mm.engine.hooks import (
     EpochSeedHook,
     GumbelTemperatureHook,
     NonFiniteLossHook,
+    ProgressBarHook,
     ThroughputHook,
 )
 from cae_mm.engine.optim import BF16OptimWrapper, LayerDecayOptimWrapperConstructor
@@ -14,5 +15,6 @@ __all__ = [
     'GumbelTemperatureHook',
     'LayerDecayOptimWrapperConstructor',
     'NonFiniteLossHook',
+    'ProgressBarHook',
     'ThroughputHook',
 ]

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import get_rank, get_world_size
+from mmengine.dist import get_rank, get_world_size, master_only
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
+from tqdm import tqdm
 
 from cae_mm.registry import FUNCTIONS, HOOKS
 
@@ -60,6 +61,52 @@ class ThroughputHook(Hook):
         images = len(data_batch['data_samples']) * get_world_size()
         seconds = runner.message_hub.get_scalar('train/time').current()
         runner.message_hub.update_scalar('train/images_per_s', images / seconds)
+
+
+@HOOKS.register_module()
+class ProgressBarHook(Hook):
+    """Show one bar for the whole training, with ETA, images/s and the last metrics.
+
+    Args:
+        title: Stands before the bar.
+        metrics: Logged numbers to show behind it.
+    """
+
+    def __init__(self, title: str = 'training', metrics: Sequence[str] = ('loss',)) -> None:
+        self.title = title
+        self.metrics = metrics
+
+    @master_only
+    def before_train(self, runner: Runner) -> None:
+        """Open the bar, at the place where a resumed run goes on."""
+        images = runner.train_dataloader.batch_size * get_world_size()
+        self.bar = tqdm(
+            desc=self.title,
+            total=runner.max_iters * images,
+            initial=runner.iter * images,
+            unit=' images',
+            mininterval=0.5,
+            dynamic_ncols=True,
+        )
+
+    @master_only
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: dict[str, Any] | None = None,
+        outputs: dict[str, Any] | None = None,
+    ) -> None:
+        """Move the bar."""
+        history = runner.message_hub.log_scalars
+        shown = {name: f'{history[f"train/{name}"].current():.3g}' for name in self.metrics}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(len(data_batch['data_samples']) * get_world_size())
+
+    @master_only
+    def after_train(self, runner: Runner) -> None:
+        """Leave the full bar on the screen."""
+        self.bar.close()
 
 
 @HOOKS.register_module()

@@ -1,0 +1,42 @@
+# Two stacks: onedl (default, current PyTorch) and openmmlab (the upstream packages).
+STACK ?= onedl
+# Any of pretrain, segmentation, detection, or all; extras add up over calls.
+EXTRAS ?= pretrain
+
+VENV_onedl := .venv
+VENV_openmmlab := .venv-openmmlab
+VENV := $(VENV_$(STACK))
+RUN := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint check bench format clean-setup
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo '  variables: STACK=onedl|openmmlab, EXTRAS=pretrain|segmentation|detection|all, PYTHON=...'
+
+setup:  ## Make or update the virtual environment
+	@STACK='$(STACK)' EXTRAS='$(EXTRAS)' tools/setup.sh
+
+demo: setup  ## Pretrain a small model on photographs, CPU or GPU
+	$(RUN) tools/demo.py
+
+test: setup  ## Run the tests in parallel
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+lint: setup  ## Check format, lint and types
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+check: lint test  ## All that continuous integration checks
+
+bench: setup  ## Time a training step beside mmpretrain's CAE
+	$(RUN) benchmarks/bench_step.py
+
+format: setup  ## Format the code and mend what ruff can
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+clean-setup:  ## Remove the virtual environment of this STACK
+	rm -rf $(VENV)

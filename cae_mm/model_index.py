@@ -1,0 +1,21 @@
+"""Makes the models of this project known to ``mmpretrain.get_model`` and ``list_models``."""
+
+from functools import cache
+from pathlib import Path
+
+from mmpretrain.apis import ModelHub
+
+
+def find_model_index() -> Path | None:
+    """Returns model-index.yml: in ``.mim`` of a wheel, else in the root of the checkout."""
+    package = Path(__file__).parent
+    candidates = (package / '.mim' / 'model-index.yml', package.parent / 'model-index.yml')
+    return next((path for path in candidates if path.is_file()), None)
+
+
+@cache  # mmpretrain refuses a name that it already has
+def register_model_index() -> None:
+    """Registers all models; a bare copy of the package, which has no index, works without."""
+    index = find_model_index()
+    if index is not None:
+        ModelHub.register_model_index(index, config_prefix=index.parent)

@@ -1,0 +1,95 @@
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cae_mm import dependencies, doctor
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch):
+    """Pretends that a distribution is not installed."""
+    version = metadata.version
+
+    def hide(hidden: str) -> None:
+        def version_unless_hidden(name: str) -> str:
+            if name == hidden:
+                raise metadata.PackageNotFoundError(name)
+            return version(name)
+
+        monkeypatch.setattr(dependencies.metadata, 'version', version_unless_hidden)
+
+    return hide
+
+
+def test_healthy_environment(capsys, tmp_path):
+    assert doctor.main(['--ckpt-dir', str(tmp_path)]) == 0
+    report = capsys.readouterr().out
+    assert f'torch        {metadata.version("torch")}' in report
+    assert 'CAEMaskGenerator' in report
+    assert f'model index                 {ROOT / "model-index.yml"}' in report
+
+
+def test_missing_package(capsys, without):
+    without('safetensors')
+    assert doctor.main([]) == 1
+    report = capsys.readouterr().out
+    assert 'safetensors is missing\n' in report
+    assert f'{dependencies.PIP} install "safetensors>=0.4"' in report
+    assert 'Registry scope' not in report
+
+
+def test_optional_problem_is_listed_but_no_failure(capsys, monkeypatch):
+    problem = dependencies.Problem('too old', 'mim is too old', 'pip install mim', essential=False)
+    section = doctor.Section('Packages', [('mim', 'too old')], [problem])
+    monkeypatch.setattr(doctor, 'check_packages', lambda: section)
+    assert doctor.main([]) == 0
+    assert 'mim is too old (optional)\n    pip install mim' in capsys.readouterr().out
+
+
+def test_broken_module_of_ours(monkeypatch):
+    def import_module(name: str) -> None:
+        raise SyntaxError('invalid syntax')
+
+    monkeypatch.setattr(doctor, 'import_module', import_module)
+    [problem] = doctor.check_registries().problems
+    assert problem.text == 'the scope cae_mm is not registered: invalid syntax'
+    assert problem.essential
+
+
+def test_devices(monkeypatch):
+    devices = [
+        SimpleNamespace(name='H100', major=9, total_memory=80 * 2**30),
+        SimpleNamespace(name='V100', major=7, total_memory=16 * 2**30),
+    ]
+    cuda = SimpleNamespace(
+        device_count=lambda: len(devices), get_device_properties=devices.__getitem__
+    )
+    monkeypatch.setattr(doctor, 'import_module', lambda name: SimpleNamespace(cuda=cuda))
+    assert doctor.check_devices().rows == [
+        ('0', 'H100', '80 GiB', 'bf16'),
+        ('1', 'V100', '16 GiB', 'no bf16'),
+    ]
+    devices.clear()
+    assert doctor.check_devices().rows == [('none: CPU',)]
+
+
+def test_weights(tmp_path):
+    assert doctor.check_weights(tmp_path / 'absent').rows == [('none',)]
+    (tmp_path / 'README.md').write_text('what belongs here')
+    (tmp_path / 'dalle_encoder.pth').write_bytes(bytes(3 * 2**19))
+    assert doctor.check_weights(tmp_path).rows == [('dalle_encoder.pth', '1.5 MiB')]
+
+
+def test_runs_on_a_bare_python():
+    command = [sys.executable, '-S', '-m', 'cae_mm.doctor']  # -S: no site-packages
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == ''
+    assert 'unknown: torch cannot be imported' in result.stdout
+    assert f'mmcv is missing\n    {sys.executable} -m pip install "onedl-mmcv' in result.stdout

@@ -1,0 +1,109 @@
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+from mmpretrain.apis import ModelHub
+from modelindex.load_model_index import load
+from packaging.requirements import Requirement
+
+from cae_mm import __version__
+from cae_mm.dependencies import DEPENDENCIES
+from cae_mm.model_index import find_model_index, register_model_index
+
+ROOT = Path(__file__).parents[1]
+STACKS = {'onedl': '', 'openmmlab': '-openmmlab'}
+
+
+def read_options() -> tuple[list[str], dict[str, list[str]]]:
+    """Returns install_requires and the extras of setup.cfg."""
+    config = ConfigParser()
+    config.read(ROOT / 'setup.cfg')
+    extras = config['options.extras_require']
+    split = {name: lines.split('\n')[1:] for name, lines in extras.items()}
+    return config['options']['install_requires'].split('\n')[1:], split
+
+
+def read_constraints(stack: str) -> dict[str, str]:
+    lines = (ROOT / 'constraints' / f'{stack}.txt').read_text().splitlines()
+    return dict(line.split('==') for line in lines if line and not line.startswith('#'))
+
+
+@pytest.mark.parametrize('stack', STACKS)
+def test_constraints_lie_within_the_bounds(stack):
+    install_requires, extras = read_options()
+    names = [f'{name}{STACKS[stack]}' for name in ('pretrain', 'segmentation', 'detection')]
+    lines = [line for name in [*names, 'demo', 'dev'] for line in extras[name]]
+    pins = read_constraints(stack)
+    for requirement in map(Requirement, install_requires + lines):
+        if requirement.name != 'cae-mm':
+            assert pins[requirement.name] in requirement.specifier, requirement
+
+
+def test_checked_bounds_are_those_of_setup_cfg():
+    install_requires, extras = read_options()
+    declared = {*install_requires, *(line for lines in extras.values() for line in lines)}
+    checked = [known for each in DEPENDENCIES for known in (each.onedl, each.upstream) if known]
+    assert {str(requirement) for requirement in checked} <= declared
+
+
+def test_pre_commit_uses_the_versions_of_the_dev_extra():
+    text = (ROOT / '.pre-commit-config.yaml').read_text()
+    [ruff] = re.findall(r'ruff-pre-commit\n\s+rev: v(\S+)', text)
+    assert f'ruff=={ruff}' in read_options()[1]['dev']
+
+
+@pytest.fixture(scope='module')
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what goes into a build, so that no build leaves files in the checkout."""
+    copy = tmp_path_factory.mktemp('project')
+    for name in ('cae_mm', 'configs', 'tools'):
+        shutil.copytree(ROOT / name, copy / name)
+    for name in ('setup.py', 'setup.cfg', 'pyproject.toml', 'model-index.yml', 'README.md'):
+        shutil.copy(ROOT / name, copy)
+    shutil.copy(ROOT / 'LICENSE', copy)
+    return copy
+
+
+def build(project: Path, hook: str, target: Path) -> zipfile.ZipFile:
+    """Calls a build hook of setuptools the way pip does, without network."""
+    code = f'from setuptools import build_meta; build_meta.{hook}({str(target)!r})'
+    subprocess.run([sys.executable, '-c', code], cwd=project, check=True, capture_output=True)
+    [wheel] = target.glob(f'cae_mm-{__version__}-*.whl')
+    return zipfile.ZipFile(wheel)
+
+
+def test_wheel_has_what_mim_looks_for(project, tmp_path):
+    site = tmp_path / 'site'
+    with build(project, 'build_wheel', tmp_path) as wheel:
+        wheel.extractall(site)
+        first_folder = min(wheel.namelist()).partition('/')[0]
+    configs = {path.relative_to(ROOT) for path in (ROOT / 'configs').rglob('*.py')}
+    # onedl-mim takes the folder of the first file by name, openmim the one named as the package.
+    for mim in (site / first_folder, site / 'cae_mm' / '.mim'):
+        assert (mim / 'tools' / 'train.py').is_file()
+        assert {path.relative_to(mim) for path in (mim / 'configs').rglob('*.py')} == configs
+
+    code = 'import cae_mm.model_index as m; print(m.find_model_index())'
+    command = [sys.executable, '-W', 'ignore', '-c', code]
+    found = subprocess.run(command, cwd=site, check=True, capture_output=True)
+    assert found.stdout.decode().strip() == str(mim / 'model-index.yml')
+
+
+def test_editable_install_copies_nothing(project, tmp_path):
+    with build(project, 'build_editable', tmp_path) as wheel:
+        assert not any('tools' in name for name in wheel.namelist())
+    assert not (project / 'cae_mm' / '.mim').exists()
+
+
+def test_models_are_known_to_mmpretrain():
+    register_model_index()  # a second time, after `import cae_mm`
+    index = load(str(find_model_index()))
+    index.build_models_with_collections()
+    assert index.models and not index.check_errors
+    for model in index.models:
+        assert Path(ModelHub.get(model.name).config.filename).is_relative_to(ROOT)
