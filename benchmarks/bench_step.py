@@ -57,9 +57,7 @@ def build_mmpretrain() -> torch.nn.Module:
     return MODELS.build(
         dict(
             type='mmpretrain.CAE',
-            backbone=dict(
-                type='mmpretrain.CAEPretrainViT', arch='b', layer_scale_init_value=0.1
-            ),
+            backbone=dict(type='mmpretrain.CAEPretrainViT', arch='b', layer_scale_init_value=0.1),
             neck=dict(
                 type='mmpretrain.CAENeck',
                 regressor_depth=4,

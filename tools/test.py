@@ -1,7 +1,7 @@
 """Evaluate a checkpoint of a probe, of fine-tuning or of a downstream model.
 
-    python tools/test.py CONFIG CHECKPOINT [--out metrics.json] [--dump predictions.pkl]
-    torchrun --nproc-per-node 8 tools/test.py CONFIG CHECKPOINT --launcher pytorch
+python tools/test.py CONFIG CHECKPOINT [--out metrics.json] [--dump predictions.pkl]
+torchrun --nproc-per-node 8 tools/test.py CONFIG CHECKPOINT --launcher pytorch
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Train whatever a config describes: a tokenizer, CAE, a probe, a downstream model.
 
-    python tools/train.py CONFIG [--work-dir DIR] [--resume [CHECKPOINT]] [--amp]
-        [--cfg-options train_dataloader.batch_size=32 ...]
-    torchrun --nproc-per-node 8 tools/train.py CONFIG --launcher pytorch
+python tools/train.py CONFIG [--work-dir DIR] [--resume [CHECKPOINT]] [--amp]
+    [--cfg-options train_dataloader.batch_size=32 ...]
+torchrun --nproc-per-node 8 tools/train.py CONFIG --launcher pytorch
 """
 
 import argparse

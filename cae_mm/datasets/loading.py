@@ -38,7 +38,7 @@ class LoadImage(BaseTransform):
         path = results['img_path']
         try:
             with Image.open(io.BytesIO(fileio.get(path, self.backend_args))) as image:
-                array = np.asarray(to_rgb(image))
+                array = np.array(to_rgb(image))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             message = f'cannot read the image {path}: {error}'
             if self.on_error == 'raise':

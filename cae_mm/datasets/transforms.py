@@ -65,7 +65,7 @@ class TwoViewResizedCrop(BaseTransform):
         left, top, width, height = self._draw_crop(*image.size)
         crop = image.crop((left, top, left + width, top + height))
         results['img'] = [
-            np.asarray(crop.resize((size[1], size[0]), how)) for size, how in self.views
+            np.array(crop.resize((size[1], size[0]), how)) for size, how in self.views
         ]
         results['img_shape'] = self.views[0][0]
         return results

@@ -41,6 +41,18 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg.work_dir = args.work_dir
     elif not cfg.get('work_dir'):
         cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
-    if not torch.cuda.is_available() and cfg.env_cfg.dist_cfg.backend == 'nccl':
-        cfg.env_cfg.dist_cfg.backend = 'gloo'  # several processes on CPUs
+    if not torch.cuda.is_available():
+        _fit_to_cpu(cfg)
     return cfg
+
+
+def _fit_to_cpu(cfg: Config) -> None:
+    """Change what would fail or warn without a GPU: mmengine takes for granted that there is one."""
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        if cfg.get(name):
+            cfg[name].pin_memory = False
+    if cfg.launcher == 'pytorch':  # several processes on CPUs
+        torch.distributed.init_process_group('gloo')
+        cfg.model_wrapper_cfg = dict(
+            type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False
+        )

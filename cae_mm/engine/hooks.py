@@ -69,7 +69,7 @@ class ProgressBarHook(Hook):
 
     Args:
         title: Stands before the bar.
-        metrics: Logged numbers to show behind it.
+        metrics: Numbers to show behind it, as far as the model logs them.
     """
 
     def __init__(self, title: str = 'training', metrics: Sequence[str] = ('loss',)) -> None:
@@ -99,7 +99,8 @@ class ProgressBarHook(Hook):
     ) -> None:
         """Move the bar."""
         history = runner.message_hub.log_scalars
-        shown = {name: f'{history[f"train/{name}"].current():.3g}' for name in self.metrics}
+        logged = {name: history.get(f'train/{name}') for name in self.metrics}
+        shown = {name: f'{value.current():.3g}' for name, value in logged.items() if value}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(len(data_batch['data_samples']) * get_world_size())
 

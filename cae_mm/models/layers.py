@@ -250,7 +250,7 @@ class Block(nn.Module):
 
 def linear_drop_path(rate: float, depth: int) -> list[float]:
     """Drop path rates that grow linearly from 0 to ``rate`` over ``depth`` blocks."""
-    return torch.linspace(0, rate, depth).tolist()
+    return [rate * i / max(depth - 1, 1) for i in range(depth)]
 
 
 def trunc_normal_(tensor: Tensor) -> None:

@@ -11,9 +11,7 @@ _base_ = [
 ]
 
 _base_.train_pipeline[2:4] = [
-    dict(
-        type='mmpretrain.RandomResizedCrop', scale=112, backend='pillow', interpolation='lanczos'
-    )
+    dict(type='mmpretrain.RandomResizedCrop', scale=112, backend='pillow', interpolation='lanczos')
 ]
 train_dataloader = dict(dataset=dict(pipeline=_base_.train_pipeline))
 
@@ -26,7 +24,13 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=True, end=1, convert_to_iter_based=True),
-    dict(type='CosineAnnealingLR', eta_min=lr / 80, by_epoch=True, begin=1, convert_to_iter_based=True),
+    dict(
+        type='CosineAnnealingLR',
+        eta_min=lr / 80,
+        by_epoch=True,
+        begin=1,
+        convert_to_iter_based=True,
+    ),
 ]
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=100)
 auto_scale_lr = dict(base_batch_size=8 * 64)

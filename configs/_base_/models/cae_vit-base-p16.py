@@ -3,7 +3,9 @@
 model = dict(
     type='cae_mm.CAE',
     data_preprocessor=dict(type='cae_mm.CAEDataPreprocessor'),
-    backbone=dict(type='cae_mm.CAEViT', arch='base', img_size=224, patch_size=16, drop_path_rate=0.1),
+    backbone=dict(
+        type='cae_mm.CAEViT', arch='base', img_size=224, patch_size=16, drop_path_rate=0.1
+    ),
     neck=dict(
         type='cae_mm.CAENeck',
         in_dims=768,

@@ -1,0 +1,69 @@
+"""Tiny models and batches that the tests share."""
+
+from typing import Any
+
+import torch
+from mmengine.registry import MODELS
+from mmpretrain.structures import DataSample
+
+import cae_mm.registry  # noqa: F401
+
+PATCH, GRID, WIDTH, VOCAB = 4, (4, 4), 16, 32
+
+
+def cae_config(**changes: Any) -> dict[str, Any]:
+    """A CAE of width 16 on images of 16 px with tokens of a tiny d-VAE."""
+    config = dict(
+        type='cae_mm.CAE',
+        backbone=dict(
+            type='cae_mm.CAEViT',
+            arch=dict(embed_dims=WIDTH, depth=2, num_heads=2, layer_scale=0.1),
+            img_size=(GRID[0] * PATCH, GRID[1] * PATCH),
+            patch_size=PATCH,
+        ),
+        neck=dict(
+            type='cae_mm.CAENeck',
+            in_dims=WIDTH,
+            embed_dims=WIDTH,
+            num_heads=2,
+            regressor_depth=2,
+            decoder_depth=1,
+            out_dims=VOCAB,
+        ),
+        head=dict(type='cae_mm.CAEPretrainHead'),
+        target_generator=dict(
+            type='cae_mm.DiscreteVAE',
+            vocab_size=VOCAB,
+            codebook_dims=8,
+            hidden_dims=8,
+            num_res_blocks=1,
+        ),
+    )
+    for key, value in changes.items():
+        if isinstance(value, dict) and 'type' not in value:
+            config[key] = config[key] | value
+        else:
+            config[key] = value
+    return config
+
+
+def build_cae(**changes: Any) -> torch.nn.Module:
+    """Build and initialise it, seeded."""
+    torch.manual_seed(0)
+    model = MODELS.build(cae_config(**changes))
+    model.init_weights()
+    return model
+
+
+def make_batch(
+    batch_size: int = 3, grid: tuple[int, int] = GRID, masked: int = 7
+) -> tuple[list[torch.Tensor], list[DataSample]]:
+    """Two normalised views and samples with masks, seeded."""
+    generator = torch.Generator().manual_seed(0)
+    views = [
+        torch.randn(batch_size, 3, grid[0] * side, grid[1] * side, generator=generator)
+        for side in (PATCH, 8)
+    ]
+    N = grid[0] * grid[1]
+    masks = torch.rand(batch_size, N, generator=generator).argsort(1) < masked
+    return views, [DataSample(mask=mask) for mask in masks]

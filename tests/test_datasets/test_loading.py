@@ -1,0 +1,354 @@
+"""Files of every kind: right colours, right size, upright; broken ones are named."""
+
+import logging
+import struct
+import zlib
+
+import mmpretrain.datasets  # noqa: F401  registers CustomDataset
+import numpy as np
+import pytest
+from mmengine.dataset import Compose
+from mmengine.logging import MMLogger
+from mmengine.registry import DATASETS
+from PIL import Image, ImageOps
+
+import cae_mm.registry  # noqa: F401
+from cae_mm.datasets import LoadImage
+
+RAMP = np.linspace(0, 1, 12).reshape(3, 4)  # dark to light
+GRAY = (RAMP * 255).astype(np.uint8)
+# upper half red, lower half blue, so that channels and rows can be told apart
+COLOURS = np.array([[[230, 20, 30]] * 6] * 2 + [[[10, 40, 240]] * 6] * 2, dtype=np.uint8)
+
+
+def load(path, **options):
+    """Load a file, check what holds for all, and return RGB."""
+    results = LoadImage(**options)(dict(img_path=str(path)))
+    image = results['img']
+    assert image.dtype == np.uint8
+    assert image.shape == (*results['img_shape'], 3)
+    assert results['img_shape'] == results['ori_shape']
+    assert results['img_path'] == str(path)
+    return image[..., ::-1]  # OpenMMLab's images are BGR
+
+
+def save(image, path, **options):
+    image.save(path, **options)
+    return path
+
+
+def gray(values):
+    return np.repeat(np.asarray(values)[..., None], 3, axis=2)
+
+
+@pytest.mark.parametrize('name', ['a.png', 'a.bmp', 'a.ppm', 'a.tif', 'a.webp'])
+def test_rgb_without_loss(tmp_path, name):
+    options = dict(lossless=True) if name.endswith('webp') else {}
+    path = save(Image.fromarray(COLOURS), tmp_path / name, **options)
+    np.testing.assert_array_equal(load(path), COLOURS)
+
+
+def test_images_are_bgr(tmp_path):
+    path = save(Image.new('RGB', (5, 3), (1, 2, 3)), tmp_path / 'a.png')
+    image = LoadImage()(dict(img_path=str(path)))['img']
+    assert (image == [3, 2, 1]).all()
+    assert image.shape == (3, 5, 3)
+
+
+@pytest.mark.parametrize('options', [{}, dict(progressive=True)])
+def test_rgb_jpeg(tmp_path, options):
+    pixels = COLOURS.repeat(8, 0).repeat(8, 1)  # blocks of JPEG are 8x8
+    path = save(Image.fromarray(pixels), tmp_path / 'a.jpg', quality=95, subsampling=0, **options)
+    assert np.abs(load(path).astype(int) - pixels).max() <= 4
+
+
+@pytest.mark.parametrize('name', ['a.png', 'a.jpg', 'a.tif'])
+def test_grayscale(tmp_path, name):
+    pixels = GRAY.repeat(8, 0).repeat(8, 1)
+    path = save(Image.fromarray(pixels), tmp_path / name)
+    assert np.abs(load(path).astype(int) - gray(pixels)).max() <= (1 if name == 'a.jpg' else 0)
+
+
+def test_alpha_is_dropped(tmp_path):
+    """Colours stay as stored, they are neither blended nor blackened."""
+    alpha = np.full((*COLOURS.shape[:2], 1), 128, dtype=np.uint8)
+    path = save(Image.fromarray(np.concatenate([COLOURS, alpha], 2)), tmp_path / 'rgba.png')
+    np.testing.assert_array_equal(load(path), COLOURS)
+    la = Image.merge('LA', [Image.fromarray(GRAY), Image.new('L', (4, 3), 7)])
+    np.testing.assert_array_equal(load(save(la, tmp_path / 'la.png')), gray(GRAY))
+
+
+@pytest.mark.filterwarnings('ignore:Palette images with Transparency')  # Pillow's advice
+@pytest.mark.parametrize('options', [{}, dict(transparency=0), dict(transparency=b'\x00\x80')])
+def test_palette(tmp_path, options):
+    palette = Image.fromarray(COLOURS).quantize(2)
+    assert palette.mode == 'P'
+    path = save(palette, tmp_path / 'a.png', **options)
+    np.testing.assert_array_equal(load(path), COLOURS)
+    if not options:
+        np.testing.assert_array_equal(load(save(palette, tmp_path / 'a.gif')), COLOURS)
+
+
+def test_cmyk(tmp_path):
+    """Cyan, magenta, yellow and key; full magenta and yellow is red."""
+    cmyk = Image.new('CMYK', (16, 8), (0, 255, 255, 0))
+    for name in ('a.tif', 'a.jpg'):
+        pixels = load(save(cmyk, tmp_path / name)).astype(int)
+        assert pixels.shape == (8, 16, 3)
+        assert np.abs(pixels - [255, 0, 0]).max() <= 3
+
+
+def test_one_bit(tmp_path):
+    bits = RAMP > 0.5
+    for name in ('a.png', 'a.tif'):
+        path = save(Image.fromarray(bits), tmp_path / name)
+        np.testing.assert_array_equal(load(path), gray(bits * 255))
+
+
+@pytest.mark.parametrize('name', ['a.png', 'a.tif'])
+@pytest.mark.parametrize('dtype', ['<u2', '>u2'])
+def test_16_bits_are_scaled_not_clipped(tmp_path, name, dtype):
+    """Clipped, all but the darkest 1/256 of the range would be white."""
+    path = save(Image.fromarray((RAMP * 65535).astype(dtype)), tmp_path / name)
+    with Image.open(path) as image:
+        assert image.mode.startswith('I;16')
+    np.testing.assert_allclose(load(path), gray(RAMP * 255), atol=1)
+    assert load(path).max() == 255
+
+
+def test_32_bit_integers_of_16_bit_range(tmp_path):
+    """Mode 'I', as older Pillows make of 16-bit files, and TIFF may hold."""
+    path = save(Image.fromarray((RAMP * 65535).astype(np.int32)), tmp_path / 'a.tif')
+    with Image.open(path) as image:
+        assert image.mode == 'I'
+    np.testing.assert_allclose(load(path), gray(RAMP * 255), atol=1)
+
+
+@pytest.mark.parametrize('channels', [3, 4])
+def test_16_bit_colours(tmp_path, channels):
+    cv2 = pytest.importorskip('cv2')
+    rgb = np.array([60000, 30000, 1000, 65535][:channels], dtype=np.uint16)
+    bgr = rgb[[2, 1, 0, 3][:channels]]
+    path = str(tmp_path / 'a.png')
+    assert cv2.imwrite(path, np.tile(bgr, (3, 4, 1)))
+    np.testing.assert_allclose(load(path), np.tile(rgb[:3] / 257, (3, 4, 1)), atol=1)
+
+
+def test_floats_in_0_255(tmp_path):
+    path = save(Image.fromarray((RAMP * 255).astype(np.float32)), tmp_path / 'a.tif')
+    np.testing.assert_allclose(load(path), gray(RAMP * 255), atol=1)
+
+
+@pytest.mark.xfail(strict=True, reason='Pillow cuts floats off: the image comes out black')
+def test_floats_in_0_1_are_not_black(tmp_path):
+    """Usual in microscopy and remote sensing; to scale them or to refuse them are both fine."""
+    path = save(Image.fromarray(RAMP.astype(np.float32)), tmp_path / 'a.tif')
+    try:
+        image = load(path)
+    except OSError:
+        return
+    assert image.max() > 200
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('mode', ['RGB', 'I;16'])
+def test_exif_orientation(tmp_path, orientation, mode):
+    """All eight, as Pillow turns them; 5 to 8 swap height and width."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    if mode == 'RGB':
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8))
+        path = save(image, tmp_path / 'a.jpg', exif=exif, quality=90)
+    else:
+        image = Image.fromarray((np.arange(384).reshape(16, 24) * 170).astype(np.uint16))
+        path = save(image, tmp_path / 'a.png', exif=exif)
+    with Image.open(path) as image:
+        upright = np.asarray(ImageOps.exif_transpose(image))
+        stored = np.asarray(image)
+    assert upright.shape[:2] == ((24, 16) if orientation >= 5 else (16, 24))
+    pixels = load(path)
+    if mode == 'RGB':
+        np.testing.assert_array_equal(pixels, upright)
+    else:
+        np.testing.assert_array_equal(pixels, gray(upright // 257))
+        stored = gray(stored // 257)
+    unchanged = pixels.shape == stored.shape and (pixels == stored).all()
+    assert unchanged == (orientation == 1)
+
+
+def test_image_can_be_written_into(tmp_path):
+    """As with mmcv's loader: transforms such as RandomErasing work in place."""
+    path = save(Image.fromarray(COLOURS), tmp_path / 'a.png')
+    image = LoadImage()(dict(img_path=str(path)))['img']
+    assert image.flags.writeable
+
+
+def test_loaded_image_can_be_packed(tmp_path):
+    """The image is a view with negative strides, which torch cannot take as it is."""
+    pipeline = Compose([dict(type='cae_mm.LoadImage'), dict(type='mmpretrain.PackInputs')])
+    path = save(Image.fromarray(COLOURS), tmp_path / 'a.png')
+    image = pipeline(dict(img_path=str(path)))['inputs']
+    np.testing.assert_array_equal(image.numpy(), COLOURS[..., ::-1].transpose(2, 0, 1))
+
+
+def write_good(path, shade=200):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return save(Image.new('RGB', (8, 6), (shade, 0, 0)), path)
+
+
+def png_chunk(name, data):
+    return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+
+
+def write_broken(kind, folder):
+    path = folder / 'broken.jpg'
+    if kind == 'truncated':
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+        save(Image.fromarray(noise), path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif kind == 'text':
+        path.write_text('<html>404 Not Found</html>')
+    elif kind == 'empty':
+        path.touch()
+    elif kind == 'bad chunk':  # Pillow raises SyntaxError
+        path = write_good(folder / 'broken.png')
+        data = path.read_bytes()
+        start = data.index(b'IDAT')
+        path.write_bytes(
+            data[: start - 4]
+            + png_chunk(b'IDAT', data[start + 4 : start + 9])
+            + png_chunk(b'?DAT', data[start + 9 :])
+        )
+    elif kind == 'bad number':  # Pillow raises ValueError
+        path = folder / 'broken.ppm'
+        path.write_bytes(b'P6 8 x 255 ')
+    else:
+        assert kind == 'missing'
+    return path
+
+
+BROKEN = ['truncated', 'text', 'empty', 'bad chunk', 'bad number', 'missing']
+
+
+@pytest.mark.parametrize('kind', BROKEN)
+def test_broken_file_raises_with_its_path(tmp_path, kind):
+    path = write_broken(kind, tmp_path)
+    message = rf"cannot read the image {path}: .*\. Mend or remove the file, or set on_error='skip'"
+    with pytest.raises(OSError, match=message):
+        load(path)
+
+
+def test_bomb_raises_with_its_path(tmp_path, monkeypatch):
+    """Pillow refuses images of more than twice this many pixels."""
+    path = write_good(tmp_path / 'a.png')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 20)
+    with pytest.raises(OSError, match=rf'cannot read the image {path}: Image size \(48 pixels\)'):
+        load(path)
+
+
+def test_other_errors_are_not_swallowed(tmp_path):
+    with pytest.raises(KeyError, match='img_path'):
+        LoadImage(on_error='skip')({})
+
+
+@pytest.fixture
+def log(caplog):
+    """What mmengine's logger says, which does not propagate to pytest's."""
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize('kind', BROKEN)
+def test_broken_file_is_skipped_with_its_path_in_the_log(tmp_path, kind, log):
+    path = write_broken(kind, tmp_path)
+    assert LoadImage(on_error='skip')(dict(img_path=str(path))) is None
+    [record] = log.records
+    assert record.levelno == logging.WARNING
+    assert f'cannot read the image {path}: ' in record.getMessage()
+    assert record.getMessage().endswith('. Skipped')
+
+
+def test_unknown_on_error():
+    with pytest.raises(ValueError, match="Unknown on_error 'ignore': choose 'raise' or 'skip'"):
+        LoadImage(on_error='ignore')
+
+
+def test_repr_names_the_option():
+    assert repr(LoadImage('skip')) == "LoadImage(on_error='skip')"
+
+
+def dataset(root, on_error='raise', **options):
+    options = dict(type='mmpretrain.CustomDataset', data_root=str(root)) | options
+    pipeline = [dict(type='cae_mm.LoadImage', on_error=on_error)]
+    return DATASETS.build(options | dict(pipeline=pipeline))
+
+
+def shades(data):
+    return sorted(int(sample['img'][0, 0, 2]) for sample in data)
+
+
+def test_dataset_yields_only_good_images(tmp_path):
+    write_broken('text', tmp_path)
+    for shade in (10, 20, 30):
+        write_good(tmp_path / f'{shade}.png', shade)
+    data = dataset(tmp_path, 'skip', with_label=False)
+    assert len(data) == 4
+    np.random.seed(0)
+    for _ in range(5):
+        assert set(shades(data[i] for i in range(4))) == {10, 20, 30}
+
+
+def test_dataset_stops_at_a_broken_file(tmp_path):
+    path = write_broken('text', tmp_path)
+    data = dataset(tmp_path, with_label=False)
+    with pytest.raises(OSError, match=f'cannot read the image {path}'):
+        data[0]
+
+
+def test_dataset_of_broken_files_ends(tmp_path):
+    for kind in ('text', 'bad chunk'):
+        write_broken(kind, tmp_path)
+    data = dataset(tmp_path, 'skip', with_label=False, max_refetch=5)
+    with pytest.raises(Exception, match='Cannot find valid image after 5!'):
+        data[0]
+
+
+def test_labelled_folders(tmp_path):
+    for label, name in enumerate(['ant', 'bee']):
+        for i in range(2):
+            write_good(tmp_path / name / f'{i}.png', 100 * label + i)
+    data = dataset(tmp_path)
+    assert data.metainfo['classes'] == ('ant', 'bee')
+    assert [sample['gt_label'] for sample in data] == [0, 0, 1, 1]
+    assert [int(sample['img'][0, 0, 2]) for sample in data] == [0, 1, 100, 101]
+
+
+def test_flat_folder_without_labels(tmp_path):
+    for shade in (1, 2, 3):
+        write_good(tmp_path / f'{shade}.png', shade)
+    (tmp_path / 'notes.txt').write_text('not an image')
+    data = dataset(tmp_path, with_label=False)
+    assert shades(data) == [1, 2, 3]
+    assert 'gt_label' not in data[0]
+
+
+def test_nested_folders_without_labels(tmp_path):
+    for shade, place in enumerate(['a.png', 'x/b.png', 'x/y/z/c.PNG']):
+        write_good(tmp_path / place, shade)
+    assert shades(dataset(tmp_path, with_label=False)) == [0, 1, 2]
+
+
+def test_file_list(tmp_path):
+    """Only what is listed, in this order; blanks in names are fine."""
+    for shade, place in enumerate(['train/a.png', 'train/b c.png', 'train/unlisted.png']):
+        write_good(tmp_path / place, shade)
+    (tmp_path / 'list.txt').write_text('b c.png\na.png\n')
+    data = dataset(tmp_path, with_label=False, ann_file='list.txt', data_prefix='train')
+    assert [int(sample['img'][0, 0, 2]) for sample in data] == [1, 0]
+    (tmp_path / 'labels.txt').write_text('b c.png 1\na.png 0\n')
+    labelled = dataset(
+        tmp_path, ann_file='labels.txt', data_prefix='train', metainfo=dict(classes=('x', 'y'))
+    )
+    assert [sample['gt_label'] for sample in labelled] == [1, 0]

@@ -1,0 +1,72 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from mmengine.logging import MessageHub
+from mmpretrain.structures import DataSample
+
+from cae_mm.engine import EpochSeedHook, GumbelTemperatureHook, NonFiniteLossHook, ThroughputHook
+
+
+class FakeRunner:
+    """What the hooks read of a Runner."""
+
+    def __init__(self, **values):
+        self.message_hub = MessageHub(f'test{id(self)}')
+        self.__dict__.update(dict(seed=3, epoch=0, iter=0, max_iters=100) | values)
+
+
+def draw():
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def test_seeds_depend_on_seed_and_epoch_alone():
+    hook, draws = EpochSeedHook(), {}
+    for seed, epoch in ((3, 0), (3, 1), (4, 0), (3, 0)):
+        draw()  # whatever happened before
+        hook.before_train_epoch(FakeRunner(seed=seed, epoch=epoch))
+        numbers = draw()
+        assert draws.setdefault((seed, epoch), numbers) == numbers
+    assert len(set(draws.values())) == 3
+
+
+def test_seeds_differ_between_ranks(monkeypatch):
+    draws = set()
+    for rank in range(2):
+        monkeypatch.setattr('cae_mm.engine.hooks.get_rank', lambda rank=rank: rank)
+        EpochSeedHook().before_train_epoch(FakeRunner())
+        draws.add(draw())
+    assert len(draws) == 2
+
+
+def test_broken_loss_stops_the_run_and_names_the_images():
+    runner = FakeRunner(iter=41, epoch=1)
+    samples = [DataSample(metainfo=dict(img_path=f'{name}.jpg')) for name in 'ab']
+    runner.message_hub.update_scalar('train/loss', 1.0)
+    NonFiniteLossHook().after_train_iter(runner, 0, {'data_samples': samples})
+    runner.message_hub.update_scalar('train/loss', float('nan'))
+    message = r"nan at iteration 42 \(epoch 2\); images of the batch: \['a.jpg', 'b.jpg'\]"
+    with pytest.raises(FloatingPointError, match=message):
+        NonFiniteLossHook().after_train_iter(runner, 0, {'data_samples': samples})
+
+
+def test_throughput_counts_all_processes(monkeypatch):
+    monkeypatch.setattr('cae_mm.engine.hooks.get_world_size', lambda: 4)
+    runner = FakeRunner()
+    runner.message_hub.update_scalar('train/time', 0.5)
+    ThroughputHook().after_train_iter(runner, 0, {'data_samples': [None] * 8})
+    assert runner.message_hub.get_scalar('train/images_per_s').current() == 64
+
+
+def test_temperature_goes_from_start_to_end():
+    runner = FakeRunner(model=torch.nn.Module())
+    hook = GumbelTemperatureHook(start=1.0, end=0.2, share=0.5)
+    temperatures = []
+    for runner.iter in range(100):
+        hook.before_train_iter(runner, 0)
+        temperatures.append(runner.model.temperature)
+    assert temperatures[0] == 1.0
+    assert temperatures[25] == pytest.approx(0.6)  # half of the cosine
+    assert temperatures[50:] == pytest.approx([0.2] * 50)
+    assert sorted(temperatures, reverse=True) == temperatures

@@ -1,0 +1,81 @@
+import math
+
+import pytest
+import torch
+
+from cae_mm.models import CAEPretrainHead
+
+B, M, K, D = 2, 3, 5, 4
+
+
+@pytest.fixture
+def latents():
+    torch.manual_seed(0)
+    return torch.randn(B, M, D), torch.randn(B, M, D)
+
+
+def test_uniform_logits_cost_log_k_and_equal_latents_nothing(latents):
+    tokens = torch.randint(K, (B, M))
+    losses = CAEPretrainHead().loss(torch.zeros(B, M, K), tokens, latents[0], latents[0])
+    assert losses['loss_main'].item() == pytest.approx(math.log(K))
+    assert losses['loss_align'].item() == 0
+    assert losses['align_cos'].item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize('weight', [1.0, 1.5, 2.0])
+def test_alignment_is_lambda_times_the_mean_over_all_elements(latents, weight):
+    z, target = latents
+    losses = CAEPretrainHead(weight).loss(
+        torch.zeros(B, M, K), torch.zeros(B, M, dtype=torch.long), z, target
+    )
+    squares = [(a - b) ** 2 for a, b in zip(z.flatten().tolist(), target.flatten().tolist())]
+    assert losses['loss_align'].item() == pytest.approx(weight * sum(squares) / (B * M * D))
+
+
+def test_lambda_is_the_papers_by_default():
+    assert CAEPretrainHead().align_weight == 2.0
+
+
+def test_metrics(latents):
+    tokens = torch.tensor([[0, 0, 1], [4, 4, 4]])
+    logits = torch.zeros(B, M, K)
+    logits[..., 4] = 1  # always guess 4: right 3 times of 6
+    metrics = CAEPretrainHead().loss(logits, tokens, *latents)
+    assert metrics['token_acc'].item() == pytest.approx(0.5)
+    assert metrics['target_codes'].item() == 3
+    over_batch = latents[0].std(0, correction=0).mean()
+    torch.testing.assert_close(metrics['latent_std'], over_batch)
+    cos = torch.nn.functional.cosine_similarity(*latents, dim=-1).mean()
+    torch.testing.assert_close(metrics['align_cos'], cos)
+
+
+def test_pixels_are_compared_by_mean_squared_error(latents):
+    y, target = torch.randn(B, M, K), torch.randn(B, M, K)
+    losses = CAEPretrainHead().loss(y, target, *latents)
+    torch.testing.assert_close(losses['loss_main'], ((y - target) ** 2).mean())
+    assert 'token_acc' not in losses and 'target_codes' not in losses
+
+
+def test_half_precision_is_computed_in_float32(latents):
+    logits = torch.randn(B, M, K).bfloat16()
+    tokens = torch.randint(K, (B, M))
+    half = CAEPretrainHead().loss(logits, tokens, *(z.bfloat16() for z in latents))
+    full = CAEPretrainHead().loss(logits.float(), tokens, *(z.bfloat16().float() for z in latents))
+    for name in ('loss_main', 'loss_align'):
+        assert half[name].dtype == torch.float32
+        assert torch.equal(half[name], full[name])
+
+
+def test_target_latents_and_metrics_get_no_gradient(latents):
+    z, target = (z.requires_grad_() for z in latents)
+    losses = CAEPretrainHead().loss(
+        torch.zeros(B, M, K), torch.zeros(B, M, dtype=torch.long), z, target
+    )
+    losses['loss_align'].backward()
+    assert z.grad is not None and target.grad is None
+    assert not any(losses[k].requires_grad for k in losses if 'loss' not in k)
+
+
+def test_wrong_size_of_pixel_targets_is_named(latents):
+    with pytest.raises(ValueError, match='predicts 5 values per patch, the targets have 7: set'):
+        CAEPretrainHead().loss(torch.zeros(B, M, 5), torch.zeros(B, M, 7), *latents)

@@ -1,0 +1,531 @@
+"""The encoder: what it sees, what it returns, how it starts and what it refuses to load."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.model import Sequential
+from safetensors.torch import save_file
+from torch import nn
+
+from cae_mm.models import CAEViT
+from cae_mm.models.layers import gather_tokens, split_mask
+from cae_mm.models.vit import ARCHS
+
+TOY = dict(embed_dims=16, depth=3, num_heads=2, layer_scale=0.1)
+DEVICES = [
+    'cpu',
+    pytest.param(
+        'cuda',
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device'),
+        ],
+    ),
+]
+
+
+def build(**options):
+    """A toy encoder for 32 x 48 pixels, 4 x 6 patches, that is in no special state."""
+    torch.manual_seed(0)
+    vit = CAEViT(**(dict(arch=TOY, img_size=(32, 48), patch_size=8) | options))
+    for param in vit.parameters():
+        nn.init.normal_(param, std=0.3)
+    return vit
+
+
+def images_of(height=32, width=48, batch=2):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 3, height, width, generator=generator)
+
+
+def equal(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+# what it sees
+
+
+def test_masked_pixels_are_not_looked_at():
+    vit = build()
+    images = images_of()
+    mask = torch.rand(2, 24, generator=torch.Generator().manual_seed(2)).argsort(1) < 12
+    visible, _ = split_mask(mask)
+    hidden = mask.view(2, 1, 4, 6).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    changed = torch.where(hidden, torch.full_like(images, 1e6), images)
+    latents = vit.encode(images, visible)
+    assert latents.shape == (2, 13, 16)
+    equal(vit.encode(changed, visible), latents)
+
+    shown = torch.where(hidden, images, images + 0.1)
+    assert (vit.encode(shown, visible) != latents).any(-1).all()
+
+
+def test_encode_of_all_patches_is_forward():
+    vit = build(out_type='raw')
+    images = images_of()
+    [raw] = vit(images)
+    equal(vit.encode(images), raw)
+    torch.testing.assert_close(vit.encode(images, torch.arange(24).expand(2, -1)), raw)
+
+
+def test_order_of_patches_does_not_matter():
+    """Positions go with the ids: permuted patches give permuted latents."""
+    vit = build().double()
+    images = images_of().double()
+    ids = torch.stack([torch.randperm(24), torch.randperm(24)])
+    all_latents = vit.encode(images)
+    latents = vit.encode(images, ids)
+    torch.testing.assert_close(latents[:, 0], all_latents[:, 0])
+    torch.testing.assert_close(latents[:, 1:], gather_tokens(all_latents[:, 1:], ids))
+    assert (all_latents[:, 1:] - latents[:, 1:]).abs().max() > 0.1
+
+
+def by_hand(vit, images, positions):
+    """The forward pass with torch's convolution and given positions, up to the final norm."""
+    x = vit.patch_embed.proj(images).flatten(2).transpose(1, 2) + positions
+    x = torch.cat([vit.cls_token.expand(len(x), -1, -1), x], dim=1)
+    for block in vit.blocks:
+        x = block(x)
+    return vit.norm(x)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize(('height', 'width'), [(32, 48), (64, 64), (16, 80)])
+def test_forward_at_any_size(device, height, width):
+    """Positions are resized from those of ``img_size``; the class token has none."""
+    vit = build(out_type='raw').to(device).double()
+    images = images_of(height, width).to(device).double()
+    grid = (height // 8, width // 8)
+    base = vit.positions((4, 6), torch.device('cpu')).reshape(1, 4, 6, 16).permute(0, 3, 1, 2)
+    positions = base
+    if grid != (4, 6):
+        positions = F.interpolate(base, size=grid, mode='bicubic', align_corners=False)
+    positions = positions.flatten(2).transpose(1, 2).to(device)
+    [raw] = vit(images)
+    assert raw.device.type == device
+    torch.testing.assert_close(raw, by_hand(vit, images, positions))
+    torch.testing.assert_close(vit.encode(images), raw)
+
+
+def test_positions_cached_without_autograd_serve_training():
+    """A first call in inference mode must not spoil later backward passes."""
+    vit = build()
+    with torch.inference_mode():
+        vit(images_of(48, 48))
+    vit(images_of(48, 48))[0].sum().backward()
+    assert all(param.grad is not None for param in vit.parameters())
+
+
+def test_images_must_consist_of_patches():
+    message = '30x48 pixels cannot be cut into patches of 8x8: .* to 32x48'
+    for call in (build(), build().encode):
+        with pytest.raises(ValueError, match=message):
+            call(images_of(30, 48))
+
+
+# what it returns
+
+
+def test_out_types_are_views_of_the_same_tokens():
+    images = images_of()
+    outs = {}
+    for out_type in ('raw', 'cls_token', 'featmap', 'avg_featmap'):
+        [outs[out_type]] = build(out_type=out_type)(images)
+    raw = outs['raw']
+    assert raw.shape == (2, 1 + 24, 16)
+    equal(outs['cls_token'], raw[:, 0])
+    equal(outs['avg_featmap'], raw[:, 1:].mean(1))
+    assert outs['featmap'].shape == (2, 16, 4, 6)
+    for row in range(4):
+        for column in range(6):
+            equal(outs['featmap'][:, :, row, column], raw[:, 1 + 6 * row + column])
+
+
+def test_out_indices_select_blocks_and_only_the_last_is_normalised():
+    images = images_of()
+    vit = build(out_indices=(0, 1, 2))
+    seen = []
+    for block in vit.blocks:
+        block.register_forward_hook(lambda module, args, out: seen.append(out))
+    outs = vit(images)
+    assert len(outs) == 3
+    equal(outs[0], seen[0])
+    equal(outs[1], seen[1])
+    equal(outs[2], vit.norm(seen[2]))
+    for indices, chosen in {(-1,): [2], (-3, -1): [0, 2], 1: [1], (0, -2): [0, 1]}.items():
+        got = build(out_indices=indices)(images)
+        assert len(got) == len(chosen)
+        for out, i in zip(got, chosen, strict=True):
+            equal(out, outs[i])
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(out_indices=3), 'out_indices has 3, but there are 3 blocks'),
+        (dict(out_indices=(0, -4)), 'out_indices has -4, but there are 3 blocks'),
+        (dict(out_type='tokens'), "Unknown out_type 'tokens': choose one of .*'avg_featmap'"),
+        (dict(frozen_stages=4), r'frozen_stages must be in \[-1, 3\], not 4'),
+        (dict(frozen_stages=-2), r'frozen_stages must be in \[-1, 3\], not -2'),
+        (dict(arch='giant'), "Unknown arch 'giant': choose one of .*'huge'.* or give a dict"),
+        (dict(arch=dict(embed_dims=8, depth=1)), 'arch needs exactly the keys .*layer_scale'),
+        (dict(arch=TOY | dict(heads=2)), r"arch needs exactly the keys \['depth'.*'heads'"),
+        (dict(img_size=100), '100x100 pixels cannot be cut into patches of 8x8'),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        build(**options)
+
+
+# sizes
+
+
+def parameters_by_formula(D, depth, p=16):
+    block = 12 * D * D + 14 * D  # attention 4 D^2 + 3 D, MLP 8 D^2 + 5 D, norms 4 D, scales 2 D
+    return (3 * p * p + 1) * D + D + depth * block + 2 * D
+
+
+def count(module):
+    return sum(param.numel() for param in module.parameters())
+
+
+def test_base_has_the_parameters_of_vit_b():
+    """Its counterpart vit_base_patch16_224 of timm has 85,798,656 without head.
+
+    Ours has no learned positions (197 * 768), no key biases (12 * 768), but layer scales.
+    """
+    expected = 85_798_656 - 197 * 768 - 12 * 768 + 12 * 2 * 768
+    assert parameters_by_formula(768, 12) == expected
+    assert count(CAEViT()) == expected
+
+
+@pytest.mark.parametrize(
+    ('arch', 'D', 'depth', 'heads', 'millions'),
+    [
+        ('tiny', 192, 12, 3, 5.5),
+        ('small', 384, 12, 6, 21.6),
+        ('base', 768, 12, 12, 85.7),
+        ('large', 1024, 24, 16, 303.1),
+        ('huge', 1280, 32, 16, 630.7),
+    ],
+)
+def test_sizes_of_the_standard_archs(arch, D, depth, heads, millions):
+    """One block of each is built, the others are alike."""
+    vit = CAEViT(arch=ARCHS[arch] | dict(depth=1))
+    assert vit.blocks[0].attn.num_heads == heads
+    assert vit.embed_dims == D
+    assert count(vit) == parameters_by_formula(D, 1)
+    assert ARCHS[arch]['depth'] == depth
+    assert parameters_by_formula(D, depth) / 1e6 == pytest.approx(millions, abs=0.1)
+    assert vit.blocks[0].gamma_1.unique().tolist() == pytest.approx(
+        [1e-5 if arch in ('large', 'huge') else 0.1]
+    )
+
+
+# training
+
+
+@pytest.mark.parametrize(
+    ('frozen', 'prefixes'),
+    [
+        (-1, ()),
+        (0, ('cls_token', 'patch_embed.')),
+        (1, ('cls_token', 'patch_embed.', 'blocks.0.')),
+        (3, ('cls_token', 'patch_embed.', 'blocks.', 'norm.')),
+    ],
+)
+def test_frozen_stages(frozen, prefixes):
+    vit = build(frozen_stages=frozen, drop_path_rate=0.5).eval().train()
+    assert [block.training for block in vit.blocks] == [i >= frozen for i in range(3)]
+    assert vit.patch_embed.training == (frozen < 0)
+    assert vit.norm.training == (frozen < 3)
+    out = vit.encode(images_of(batch=16)).sum()
+    assert out.requires_grad == (frozen < 3)
+    if frozen < 3:
+        out.backward()
+    for name, param in vit.named_parameters():
+        assert param.requires_grad != name.startswith(prefixes), name
+        assert (param.grad is None) == name.startswith(prefixes), name
+    assert not any(module.training for module in vit.eval().modules())
+
+
+def test_frozen_blocks_drop_nothing():
+    vit = build(frozen_stages=3, drop_path_rate=0.9).train()
+    equal(vit(images_of())[0], vit(images_of())[0])
+    vit = build(frozen_stages=2, drop_path_rate=0.9).train()
+    assert (vit(images_of())[0] != vit(images_of())[0]).any()
+
+
+# torch 2.4's own checkpoint function
+@pytest.mark.filterwarnings('ignore:.torch.cpu.amp.autocast:FutureWarning')
+def test_recomputing_gives_the_same_outputs_and_gradients():
+    results = []
+    for with_cp in (False, True):
+        vit = build(with_cp=with_cp, drop_path_rate=0.5, out_indices=(0, 2)).train()
+        calls = []
+        vit.blocks[1].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        torch.manual_seed(3)
+        outs = vit(images_of(batch=8))
+        sum(out.square().sum() for out in outs).backward()
+        results.append((outs, [param.grad for param in vit.parameters()]))
+        assert len(calls) == 1 + with_cp
+    for plain, checkpointed in zip(*results, strict=True):
+        for a, b in zip(plain, checkpointed, strict=True):
+            equal(a, b)
+
+
+def test_every_parameter_gets_a_gradient():
+    vit = build()
+    vit.encode(images_of(), torch.arange(12).expand(2, -1)).square().sum().backward()
+    assert all(param.grad.abs().sum() > 0 for param in vit.parameters())
+
+
+@pytest.mark.parametrize('prefix', ['', 'backbone.'])
+def test_layer_depth(prefix):
+    vit = build()
+    depths = {
+        'cls_token': 0,
+        'patch_embed.proj.weight': 0,
+        'blocks.0.attn.q_bias': 1,
+        'blocks.2.gamma_1': 3,
+        'norm.bias': 4,
+    }
+    for name, depth in depths.items():
+        assert vit.get_layer_depth(prefix + name, prefix) == (depth, 5)
+    assert vit.get_layer_depth('head.fc.weight', 'backbone.') == (4, 5)
+    assert vit.get_layer_depth('neck.blocks.0.weight', 'backbone.') == (4, 5)
+    assert vit.get_layer_depth('blocks.0.weight', 'backbone.') == (4, 5)  # not the backbone's
+    known = {vit.get_layer_depth(name)[0] for name, _ in vit.named_parameters()}
+    assert known == {0, 1, 2, 3, 4}
+
+
+def test_drop_path_grows_linearly():
+    vit = CAEViT(arch=TOY | dict(depth=5), img_size=32, drop_path_rate=0.2)
+    rates = [block.drop_path.drop_prob for block in vit.blocks]
+    assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+
+
+def test_bf16_autocast_keeps_the_residual_stream_in_float32():
+    vit = build(out_type='raw')
+    dtypes = []
+    for module in vit.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_pre_hook(lambda _, args: dtypes.append(args[0].dtype))
+    products = []
+    vit.blocks[0].mlp.fc1.register_forward_hook(lambda m, a, out: products.append(out.dtype))
+    images = 100 * images_of()
+    with torch.autocast('cpu', torch.bfloat16):
+        [low] = vit(images)
+        ids = torch.arange(12).expand(2, -1)
+        assert vit.encode(images, ids).dtype == torch.float32
+    assert dtypes == [torch.float32] * 14
+    assert products == [torch.bfloat16] * 2
+    assert low.dtype == torch.float32
+    assert low.isfinite().all()
+    [full] = vit(images)
+    assert 0 < (low - full).abs().max() < 0.1 * full.abs().max()
+
+
+# how it starts
+
+
+def test_initialisation_is_the_official_one():
+    vit = build(arch=TOY | dict(embed_dims=64))
+    gamma = vit.blocks[0].gamma_1.clone()
+    vit.init_weights()
+    for name, module in vit.named_modules():
+        if isinstance(module, nn.Linear):
+            bound = math.sqrt(6 / sum(module.weight.shape))
+            assert 0.95 * bound < module.weight.abs().max() <= bound, name
+            assert module.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+            assert module.bias is None or not module.bias.any(), name
+        elif isinstance(module, nn.LayerNorm):
+            assert (module.weight == 1).all(), name
+            assert not module.bias.any(), name
+    for tensor in (vit.patch_embed.proj.weight, vit.cls_token):
+        assert 0.015 < tensor.abs().max() <= 0.02
+        assert tensor.std().item() == pytest.approx(0.0108, rel=0.2)
+    assert not vit.patch_embed.proj.bias.any()
+    equal(vit.blocks[0].gamma_1, gamma)  # the constructor's
+
+
+def test_constructor_sets_biases_and_layer_scale():
+    vit = CAEViT(arch=TOY | dict(layer_scale=1e-5), img_size=32)
+    for block in vit.blocks:
+        assert not block.attn.q_bias.any()
+        assert not block.attn.v_bias.any()
+        for gamma in (block.gamma_1, block.gamma_2):
+            assert gamma.tolist() == pytest.approx([1e-5] * 16)
+
+
+def test_state_dict_holds_parameters_only():
+    vit = build()
+    vit(images_of())
+    assert vit.state_dict().keys() == dict(vit.named_parameters()).keys()
+
+
+# loading
+
+
+def save(state, path):
+    """Write a checkpoint as mmengine's Runner does, or safetensors."""
+    if path.suffix == '.safetensors':
+        save_file(state, path)
+    else:
+        torch.save(dict(meta=dict(epoch=3), state_dict=state, message_hub={}), path)
+    return path
+
+
+def pretraining_state(vit=None):
+    vit = vit or build()
+    state = {f'backbone.{key}': value.clone() for key, value in vit.state_dict().items()}
+    return state | {'neck.mask_token': torch.zeros(1, 1, 16)}
+
+
+def load_from(path, prefix='backbone.', **options):
+    init_cfg = dict(type='Pretrained', checkpoint=str(path), prefix=prefix)
+    vit = CAEViT(**(dict(arch=TOY, img_size=(32, 48), patch_size=8) | options), init_cfg=init_cfg)
+    vit.init_weights()
+    return vit
+
+
+@pytest.mark.parametrize('name', ['a.pth', 'a.safetensors'])
+def test_pretrained_weights_load_exactly(tmp_path, name):
+    vit = build()
+    loaded = load_from(save(pretraining_state(vit), tmp_path / name))
+    for key, value in vit.state_dict().items():
+        equal(loaded.state_dict()[key], value)
+    equal(loaded(images_of())[0], vit(images_of())[0])
+
+
+def test_encoder_alone_needs_no_prefix(tmp_path):
+    vit = build()
+    torch.save(vit.state_dict(), tmp_path / 'encoder.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'encoder.pth'))
+    loaded = CAEViT(arch=TOY, img_size=64, patch_size=8, init_cfg=init_cfg)
+    loaded.init_weights()
+    equal(loaded.blocks[1].mlp.fc1.weight, vit.blocks[1].mlp.fc1.weight)
+
+
+def test_a_parents_initialisation_does_not_overwrite(tmp_path):
+    vit = build()
+    path = save(pretraining_state(vit), tmp_path / 'a.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(path), prefix='backbone.')
+    child = CAEViT(arch=TOY, img_size=(32, 48), patch_size=8, init_cfg=init_cfg)
+    parent = Sequential(child, init_cfg=dict(type='Constant', layer='Linear', val=9.0))
+    parent.init_weights()
+    for key, value in vit.state_dict().items():
+        equal(child.state_dict()[key], value)
+
+
+def test_frozen_stages_stay_frozen_after_loading(tmp_path):
+    loaded = load_from(save(pretraining_state(), tmp_path / 'a.pth'), frozen_stages=3)
+    assert not any(param.requires_grad for param in loaded.parameters())
+
+
+@pytest.mark.parametrize('name', ['a.pth', 'a.safetensors'])
+def test_missing_and_renamed_keys_are_named(tmp_path, name):
+    state = pretraining_state()
+    del state['backbone.norm.bias']
+    with pytest.raises(ValueError, match='does not fit CAEViT: 1 keys missing: norm.bias$'):
+        load_from(save(state, tmp_path / name))
+    state['backbone.fc_norm.bias'] = torch.zeros(16)
+    message = f'{name} does not fit .* 1 keys missing: norm.bias; 1 keys unexpected: fc_norm.bias$'
+    with pytest.raises(ValueError, match=message):
+        load_from(save(state, tmp_path / name))
+
+
+def test_reshaped_keys_are_named(tmp_path):
+    path = save(pretraining_state(), tmp_path / 'a.pth')
+    message = (
+        r'1 keys of another shape: patch_embed.proj.weight is \(16, 3, 8, 8\) in the file and '
+        r'\(16, 3, 16, 16\) in the model'
+    )
+    with pytest.raises(ValueError, match=message):
+        load_from(path, patch_size=16)
+    with pytest.raises(ValueError, match=r'15 keys missing: blocks\.3\..*, \.\.\. \(10 more\)$'):
+        load_from(path, arch=TOY | dict(depth=4))
+
+
+@pytest.mark.parametrize(
+    ('given', 'right'), [('', 'backbone.'), ('encoder.', 'backbone.'), ('backbone.', '')]
+)
+def test_wrong_prefix_is_hinted_at(tmp_path, given, right):
+    state = build().state_dict() if right == '' else pretraining_state()
+    path = save(state, tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match=f"The file has these keys under prefix='{right}'$"):
+        load_from(path, prefix=given)
+
+
+def test_nothing_is_loaded_when_something_does_not_fit(tmp_path):
+    state = pretraining_state()
+    del state['backbone.norm.bias']
+    path = save(state, tmp_path / 'a.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(path), prefix='backbone.')
+    vit = CAEViT(arch=TOY, img_size=(32, 48), patch_size=8, init_cfg=init_cfg)
+    before = {key: value.clone() for key, value in vit.state_dict().items()}
+    with pytest.raises(ValueError, match='1 keys missing'):
+        vit.init_weights()
+    for key, value in vit.state_dict().items():
+        equal(value, before[key])
+
+
+def test_missing_file():
+    with pytest.raises(FileNotFoundError, match='no weights for CAEViT at /nowhere/a.pth. Give'):
+        load_from('/nowhere/a.pth')
+
+
+@pytest.mark.parametrize('content', [b'', b'<html>404 Not Found</html>'])
+@pytest.mark.parametrize('name', ['a.pth', 'a.safetensors'])
+def test_broken_file(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=str(path)):
+        load_from(path)
+
+
+class Touch:
+    """Unpickled by Python, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_pickled_code_is_not_run(tmp_path):
+    marker = tmp_path / 'marker'
+    torch.save(dict(state_dict=pretraining_state(), hook=Touch(marker)), tmp_path / 'evil.pth')
+    message = (
+        'evil.pth was refused, nothing in it was executed: it refers to .*pathlib.* not allowed'
+    )
+    with pytest.raises(ValueError, match=message):
+        load_from(tmp_path / 'evil.pth')
+    assert not marker.exists()
+    torch.load(tmp_path / 'evil.pth', weights_only=False)
+    assert marker.exists()  # so it was armed
+
+
+def test_file_without_state_dict(tmp_path):
+    torch.save(dict(epoch=3), tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match=r'a\.pth holds no state dict \(a dict of tensors\)'):
+        load_from(tmp_path / 'a.pth')
+
+
+@pytest.mark.parametrize(
+    'init_cfg',
+    [
+        dict(type='Xavier', layer='Linear'),
+        dict(checkpoint='a.pth'),
+        dict(type='Pretrained', checkpoint='a.pth', map_location='cpu'),
+    ],
+)
+def test_other_init_cfg_is_refused(init_cfg):
+    vit = CAEViT(arch=TOY, img_size=32, patch_size=8, init_cfg=init_cfg)
+    with pytest.raises(ValueError, match=r'CAEViT takes init_cfg=dict\(type="Pretrained"'):
+        vit.init_weights()

@@ -1,0 +1,225 @@
+"""tools/train.py and tools/test.py as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from PIL import Image
+
+from cae_mm.checkpoints import read_state_dict
+
+ROOT = Path(__file__).parent.parent.parent
+CONFIG = 'configs/demo/cae_demo.py'
+SHRINK = [
+    'model.backbone.arch.embed_dims=16',
+    'model.backbone.arch.depth=2',
+    'model.backbone.arch.num_heads=2',
+    'model.backbone.drop_path_rate=0.2',
+    'model.neck.in_dims=16',
+    'model.neck.embed_dims=16',
+    'model.neck.num_heads=2',
+    'model.neck.out_dims=192',
+    'model.target_generator._delete_=True',
+    'model.target_generator.type=cae_mm.RGBTarget',
+    'model.target_generator.patch_size=8',
+    'train_dataloader.batch_size=2',
+    'default_hooks.logger.interval=1',
+    'default_hooks.checkpoint.interval=1',
+    'default_hooks.checkpoint.max_keep_ckpts=-1',
+    'train_cfg.max_epochs=4',
+]
+
+
+def run(tool, *args, **env):
+    environment = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'} | env
+    return subprocess.run(
+        [sys.executable, '-W', 'ignore', str(ROOT / 'tools' / tool), *map(str, args)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope='module')
+def options(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data')
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        path = folder / 'train' / f'{i}.png'
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(256, size=(80, 90, 3), dtype=np.uint8)).save(path)
+    return ['--cfg-options', *SHRINK, f'train_dataloader.dataset.data_root={folder}']
+
+
+def losses(work_dir: Path) -> dict[int, float]:
+    """The losses that were logged, by iteration, over all runs in the folder."""
+    lines = [
+        json.loads(line)
+        for path in sorted(work_dir.glob('*/vis_data/scalars.json'))
+        for line in path.read_text().splitlines()
+    ]
+    return {line['step']: line['loss'] for line in lines if 'loss' in line}
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(options, tmp_path, workers):
+    """With random crops, flips, masks and drop path, in this process and in data workers."""
+    options = [*options, f'train_dataloader.num_workers={workers}']
+    whole = run('train.py', CONFIG, '--work-dir', tmp_path / 'whole', *options)
+    assert whole.returncode == 0, whole.stderr
+    first, second = tmp_path / 'whole/epoch_2.pth', tmp_path / 'resumed'
+    resumed = run('train.py', CONFIG, '--work-dir', second, '--resume', first, *options)
+    assert resumed.returncode == 0, resumed.stderr
+
+    before, after = losses(tmp_path / 'whole'), losses(second)
+    assert len(before) == 4 * 3 and sorted(after) == sorted(before)[6:]
+    assert all(after[step] == before[step] for step in after)
+    assert len(set(before.values())) == len(before)
+    one, other = (read_state_dict(d / 'epoch_4.pth') for d in (tmp_path / 'whole', second))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_resume_finds_the_last_checkpoint(options, tmp_path):
+    args = (CONFIG, '--work-dir', tmp_path, *options)
+    assert run('train.py', *args, 'train_cfg.max_epochs=3').returncode == 0
+    resumed = run('train.py', *args, '--resume')
+    assert resumed.returncode == 0, resumed.stderr
+    assert 'resumed epoch: 3' in resumed.stdout + resumed.stderr
+    assert (tmp_path / 'epoch_4.pth').exists()
+
+
+def test_options_reach_the_config(options, tmp_path):
+    result = run(
+        *('train.py', CONFIG, '--work-dir', tmp_path, '--amp', '--no-validate'),
+        *('--auto-scale-lr', '--local-rank', '0', '--local_rank', '0', *options),
+        *('optim_wrapper.type=OptimWrapper', 'train_cfg.max_epochs=3'),
+    )
+    assert result.returncode == 0, result.stderr
+    cfg = Config.fromfile(tmp_path / 'cae_demo.py')  # what the run dumped
+    assert cfg.optim_wrapper.type == 'cae_mm.BF16OptimWrapper'
+    assert cfg.auto_scale_lr.enable is True
+    assert cfg.model.backbone.arch.embed_dims == 16
+    log = result.stdout + result.stderr
+    assert 'LR is set based on batch size of 2048' in log
+    assert 'images_per_s' in log and 'eta' in log and 'token_acc: ' not in log
+
+
+def test_work_dir_defaults_to_the_name_of_the_config(tmp_path, options):
+    config = tmp_path / 'my_run.py'
+    config.write_text(f"_base_ = '{ROOT / CONFIG}'\n")
+    environment = os.environ | {'PYTHONPATH': str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, '-W', 'ignore', ROOT / 'tools/train.py', config, *options],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / 'work_dirs/my_run/epoch_4.pth').exists()
+
+
+def test_torchrun_on_two_cpu_processes(options, tmp_path):
+    """Both ranks train, over gloo, and one of them writes checkpoints."""
+    result = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--nproc-per-node', '2']
+        + ['--master-port', str(20000 + os.getpid() % 20000), str(ROOT / 'tools/train.py')]
+        + [CONFIG, '--launcher', 'pytorch', '--work-dir', str(tmp_path), *options],
+        cwd=ROOT,
+        env=os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(losses(tmp_path)) == 4  # epochs; 6 images are one batch of 2 for each process
+    assert (tmp_path / 'epoch_4.pth').exists()
+
+
+def test_missing_config_and_missing_weights_are_named(tmp_path, options):
+    result = run('train.py', 'configs/none.py')
+    assert result.returncode == 1 and 'no config at' in result.stderr
+    config = 'configs/pretrain/cae_vit-base-p16_32xb64-amp-coslr-300e_in1k.py'
+    result = run(
+        *('train.py', config, '--work-dir', tmp_path, '--cfg-options'),
+        *('model.target_generator.n_hid=8', 'model.target_generator.vocab_size=8'),
+        *('model.backbone.arch=tiny', 'model.neck.in_dims=192', options[-1]),
+        *('train_dataloader.batch_size=2', 'train_dataloader.num_workers=0'),
+    )
+    assert result.returncode == 1
+    assert 'no weights for DALLEEncoder at' in result.stderr
+    assert 'dalle_encoder.safetensors' in result.stderr and 'convert_dalle.py' in result.stderr
+
+
+CLASSIFIER = """
+default_scope = 'mmpretrain'
+custom_imports = dict(imports=['cae_mm'], allow_failed_imports=False)
+model = dict(
+    type='ImageClassifier',
+    data_preprocessor=dict(mean=[127.5] * 3, std=[127.5] * 3, to_rgb=True),
+    backbone=dict(
+        type='cae_mm.CAEViT',
+        arch=dict(embed_dims=16, depth=2, num_heads=2, layer_scale=0.1),
+        img_size=32,
+        out_type='cls_token',
+    ),
+    head=dict(type='LinearClsHead', num_classes=2, in_channels=16, loss=dict(type='CrossEntropyLoss')),
+)
+test_dataloader = dict(
+    batch_size=2,
+    dataset=dict(
+        type='CustomDataset',
+        data_prefix={data!r},
+        pipeline=[
+            dict(type='cae_mm.LoadImage'),
+            dict(type='Resize', scale=(32, 32)),
+            dict(type='PackInputs'),
+        ],
+    ),
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    collate_fn=dict(type='default_collate'),
+)
+test_evaluator = dict(type='Accuracy', topk=(1,))
+test_cfg = dict()
+default_hooks = dict(visualization=dict(type='VisualizationHook'))
+visualizer = dict(type='UniversalVisualizer')
+env_cfg = dict(dist_cfg=dict(backend='nccl'))
+"""
+
+
+def test_test_tool_writes_metrics_predictions_and_pictures(tmp_path):
+    for name, value in (('dark', 0), ('light', 255)):
+        for i in range(2):
+            path = tmp_path / 'data' / name / f'{i}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (40, 40), (value,) * 3).save(path)
+    config = tmp_path / 'classify.py'
+    config.write_text(CLASSIFIER.format(data=str(tmp_path / 'data')))
+    from mmengine.registry import MODELS
+
+    cfg = Config.fromfile(config)
+    model = MODELS.build(cfg.model | dict(type='mmpretrain.ImageClassifier'))
+    torch.save(model.state_dict(), tmp_path / 'weights.pth')
+    result = run(
+        *('test.py', config, tmp_path / 'weights.pth', '--work-dir', tmp_path / 'work'),
+        *('--out', tmp_path / 'metrics.json', '--dump', tmp_path / 'predictions.pkl'),
+        *('--show-dir', tmp_path / 'shown'),
+    )
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((tmp_path / 'metrics.json').read_text())
+    assert metrics['accuracy/top1'] in (0, 50, 100)
+    assert (tmp_path / 'predictions.pkl').exists()
+    assert any((tmp_path / 'shown').iterdir())
+
+
+def test_test_tool_refuses_a_pretraining_config(tmp_path):
+    result = run('test.py', CONFIG, tmp_path / 'none.pth')
+    assert result.returncode == 1
+    assert 'has no test_dataloader: it describes pretraining' in result.stderr
