@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -15,16 +15,9 @@ from cae_mm.models.targets import RGBTarget
 GRAY = 0.5
 
 
-class Painter(Protocol):
-    """What turns tokens into images: a ``DiscreteVAE`` or a ``DALLEDecoder``."""
-
-    def decode_tokens(self, tokens: Tensor) -> Tensor:
-        """Paint tokens (B, h, w) in the range of the tokenizer's input."""
-
-
 @torch.no_grad()
 def paint_reconstruction(
-    model: CAE, views: Sequence[Tensor], masks: Tensor, painter: Painter | None = None
+    model: CAE, views: Sequence[Tensor], masks: Tensor, painter: Any = None
 ) -> dict[str, Tensor]:
     """Paint what CAE sees, and what it makes of the rest.
 
@@ -33,7 +26,7 @@ def paint_reconstruction(
         views: As a data loader gives them: uint8 BGR, shapes (B, 3, H, W) and (B, 3, h, w); the
             second is needed for token targets only.
         masks: Bool tensor on the host, shape (B, N), True = masked.
-        painter: For token targets, what paints the tokens.
+        painter: For token targets, what paints them: a ``DiscreteVAE`` or a ``DALLEDecoder``.
 
     Returns:
         Titles and RGB images in [0, 1], on the host: the image, the masked input, for tokens what

@@ -1,5 +1,5 @@
 """Reading weights: strictly, and without ever running code from a file."""
 
-from cae_mm.checkpoints.loading import PretrainedMixin, load_pretrained, read_state_dict
+from cae_mm.checkpoints.loading import PretrainedModule, load_pretrained, read_state_dict
 
-__all__ = ['PretrainedMixin', 'load_pretrained', 'read_state_dict']
+__all__ = ['PretrainedModule', 'load_pretrained', 'read_state_dict']

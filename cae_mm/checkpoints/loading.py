@@ -1,7 +1,7 @@
 """Load weights into a module: every key must fit, and no pickle is executed.
 
 mmengine's own ``Pretrained`` initialiser loads with ``strict=False`` and falls back to executing
-the pickle; modules with ``PretrainedMixin`` load through this file instead.
+the pickle; a ``PretrainedModule`` loads through this file instead.
 """
 
 import codecs
@@ -13,20 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer, print_log
+from mmengine.model import BaseModule
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 MAX_KEYS_SHOWN = 5
 
 
-class PretrainedMixin:
+class PretrainedModule(BaseModule):
     """Load ``init_cfg=dict(type='Pretrained', checkpoint=..., prefix=...)`` strictly.
 
-    To stand before ``BaseModule`` among the bases. A subclass gives ``init_default_weights`` for
-    the case without ``init_cfg``.
+    A subclass gives ``init_default_weights`` for the case without ``init_cfg``.
     """
-
-    init_cfg: dict[str, Any] | None
 
     def init_weights(self) -> None:
         """Load the pretrained weights if ``init_cfg`` names some, else initialise."""
@@ -90,7 +89,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if path.suffix == '.safetensors':
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f'{path} is no complete safetensors file: {error}') from error
     content = read_plain_pickle(path, _MMENGINE_GLOBALS)
     state = content.get('state_dict', content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
@@ -149,7 +151,8 @@ def _history_statistic(owner: Any, name: str) -> str:
 
 # what mmengine's Runner puts beside the weights: the history of logged numbers, in numpy arrays
 # whose module was renamed in numpy 2
-_RECONSTRUCT, _SCALAR = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
+_RECONSTRUCT: Any = np.zeros(1).__reduce__()[0]
+_SCALAR: Any = np.float64(0).__reduce__()[0]
 _MMENGINE_GLOBALS = [
     HistoryBuffer,
     codecs.encode,  # bytes in arrays

@@ -1,6 +1,7 @@
 """Load image files of every kind that Pillow reads, as they are meant to look."""
 
 import io
+import logging
 from typing import Any
 
 import mmengine.fileio as fileio
@@ -11,7 +12,7 @@ from PIL import Image, ImageOps
 
 from cae_mm.registry import TRANSFORMS
 
-WIDE_MODES = ('I', 'I;16', 'I;16B', 'I;16L', 'I;16N')
+SIXTEEN_BITS = ('I;16', 'I;16B', 'I;16L', 'I;16N')
 
 
 @TRANSFORMS.register_module()
@@ -19,7 +20,8 @@ class LoadImage(BaseTransform):
     """Read ``img_path`` into ``img``: uint8 with shape (H, W, 3), BGR as in all of OpenMMLab.
 
     Grayscale, palette, CMYK and alpha images become RGB as Pillow converts them, EXIF orientation
-    is applied, and 16-bit images are scaled to 8 bits (mmcv's Pillow backend clips them).
+    is applied, and 16-bit images are scaled to 8 bits (mmcv's Pillow backend clips them). Float
+    and 32-bit images count as unreadable, since nothing says what their white is.
 
     Args:
         on_error: 'raise' stops at a file that cannot be read; 'skip' reports it and lets the
@@ -45,7 +47,7 @@ class LoadImage(BaseTransform):
                 raise OSError(
                     f"{message}. Mend or remove the file, or set on_error='skip' in LoadImage"
                 ) from error
-            print_log(f'{message}. Skipped', logger='current', level='WARNING')
+            print_log(f'{message}. Skipped', logger='current', level=logging.WARNING)
             return None
         results['img'] = array[..., ::-1]  # RGB -> BGR
         results['img_shape'] = results['ori_shape'] = array.shape[:2]
@@ -56,9 +58,18 @@ class LoadImage(BaseTransform):
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn an opened image of any mode upright and into 8-bit RGB."""
+    """Turn an opened image of any mode upright and into 8-bit RGB.
+
+    Raises:
+        ValueError: If the image has float or 32-bit values.
+    """
+    sixteen_bits = image.mode in SIXTEEN_BITS
+    sixteen_bits |= image.mode == 'I' and image.format == 'PNG'  # older Pillow's 16-bit PNG
+    if image.mode in ('I', 'F') and not sixteen_bits:
+        raise ValueError('float and 32-bit images have no fixed range: convert to 8 or 16 bits')
     image = ImageOps.exif_transpose(image)
-    if image.mode in WIDE_MODES:  # 16 bits in PNG and TIFF; 'I' holds the same range
-        values = np.asarray(image, dtype=np.int64)
-        image = Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8))
+    if sixteen_bits:
+        image = Image.fromarray((np.asarray(image, dtype=np.int64) // 257).astype(np.uint8))
+    if 'transparency' in image.info:
+        image = image.convert('RGBA')  # Pillow warns of going from such palettes to RGB at once
     return image.convert('RGB')

@@ -80,7 +80,7 @@ class CAEMaskGenerator(BaseTransform):
 
     def _add_blocks(self, mask: np.ndarray, num_masked: int) -> None:
         H, W = mask.shape
-        missing = num_masked
+        missing: int = num_masked
         for _ in range(MAX_TRIES):
             # BEiT's bounds: once fewer than min_block patches are missing, the block may be as
             # small as that, or overlap what is masked already
@@ -91,7 +91,7 @@ class CAEMaskGenerator(BaseTransform):
                 continue
             top, left = np.random.randint(H - h + 1), np.random.randint(W - w + 1)
             block = mask[top : top + h, left : left + w]
-            new = block.size - np.count_nonzero(block)
+            new = block.size - int(np.count_nonzero(block))
             if 0 < new <= missing:
                 block[:] = True
                 missing -= new

@@ -47,7 +47,7 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def _fit_to_cpu(cfg: Config) -> None:
-    """Change what would fail or warn without a GPU: mmengine takes for granted that there is one."""
+    """Change what would fail or warn without a GPU, which mmengine takes for granted."""
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         if cfg.get(name):
             cfg[name].pin_memory = False

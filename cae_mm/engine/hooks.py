@@ -54,7 +54,7 @@ class ThroughputHook(Hook):
         self,
         runner: Runner,
         batch_idx: int,
-        data_batch: dict[str, Any] | None = None,
+        data_batch: dict[str, Any],
         outputs: dict[str, Any] | None = None,
     ) -> None:
         """Divide the images of the batch by the time that ``IterTimerHook`` took."""
@@ -94,7 +94,7 @@ class ProgressBarHook(Hook):
         self,
         runner: Runner,
         batch_idx: int,
-        data_batch: dict[str, Any] | None = None,
+        data_batch: dict[str, Any],
         outputs: dict[str, Any] | None = None,
     ) -> None:
         """Move the bar."""
@@ -118,15 +118,14 @@ class NonFiniteLossHook(Hook):
         self,
         runner: Runner,
         batch_idx: int,
-        data_batch: dict[str, Any] | None = None,
+        data_batch: dict[str, Any],
         outputs: dict[str, Any] | None = None,
     ) -> None:
         """Check the loss that the Runner has logged already, so nothing is waited for twice."""
         loss = runner.message_hub.get_scalar('train/loss').current()
         if math.isfinite(loss):
             return
-        samples: Sequence[Any] = (data_batch or {}).get('data_samples') or []
-        paths = [sample.get('img_path', 'unknown') for sample in samples]
+        paths = [sample.get('img_path', 'unknown') for sample in data_batch['data_samples']]
         raise FloatingPointError(
             f'the loss is {loss} at iteration {runner.iter + 1} (epoch {runner.epoch + 1}); '
             f'images of the batch: {paths}. Resume from the last checkpoint with a lower '

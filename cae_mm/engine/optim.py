@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import OPTIMIZERS
@@ -64,8 +63,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the wrapper for ``model``."""
-        if is_model_wrapper(model):
-            model = model.module
+        model = getattr(model, 'module', model)  # what a DistributedDataParallel wraps
         optimizer_cfg = self.optimizer_cfg.copy()
         optimizer_cfg['params'] = self._param_groups(model)
         optimizer = OPTIMIZERS.build(optimizer_cfg)
@@ -94,5 +92,6 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def _lr_scale(self, model: nn.Module, name: str) -> float:
         if self.layer_decay_rate == 1.0:
             return 1.0
-        layer, num_layers = model.backbone.get_layer_depth(name, 'backbone.')
+        backbone: Any = model.backbone
+        layer, num_layers = backbone.get_layer_depth(name, 'backbone.')
         return self.layer_decay_rate ** (num_layers - 1 - layer)

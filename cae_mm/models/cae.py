@@ -10,7 +10,6 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from mmengine.model import BaseModule
 from mmpretrain.models.selfsup.base import BaseSelfSupervisor
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
@@ -60,7 +59,7 @@ class CAE(BaseSelfSupervisor):
         self._register_state_dict_hook(_leave_out_target_generator)
         self.register_load_state_dict_post_hook(_ignore_missing_target_generator)
         self.teacher_momentum = teacher_momentum
-        self.teacher: BaseModule | None = None
+        self.teacher: Any = None
         if teacher_momentum is not None:
             if not 0 <= teacher_momentum < 1:
                 raise ValueError(f'teacher_momentum must be in [0, 1), not {teacher_momentum}')
@@ -112,10 +111,10 @@ class CAE(BaseSelfSupervisor):
 
     def align_target(self, images: Tensor, ids_m: Tensor) -> Tensor:
         """Latents that the encoder, seeing only the masked patches, gives to them."""
-        if self.teacher is None:
+        if self.teacher_momentum is None:
             return self.encode(images, ids_m)
         if self.training:
-            self._update_teacher()
+            self._update_teacher(self.teacher_momentum)
         return self.encode(images, ids_m, teacher=True)
 
     def make_target(self, inputs: Sequence[Tensor], ids_m: Tensor, grid: Grid) -> Tensor:
@@ -149,9 +148,9 @@ class CAE(BaseSelfSupervisor):
         return self.backbone(inputs if isinstance(inputs, Tensor) else inputs[0])
 
     @torch.no_grad()
-    def _update_teacher(self) -> None:
+    def _update_teacher(self, momentum: float) -> None:
         for ema, param in zip(self.teacher.parameters(), self.backbone.parameters(), strict=True):
-            ema.lerp_(param, 1 - self.teacher_momentum)
+            ema.lerp_(param, 1 - momentum)
 
     def _check_grid(self, images: Tensor, mask: Tensor) -> Grid:
         grid = grid_of((images.shape[-2], images.shape[-1]), self.backbone.patch_size)

@@ -16,7 +16,6 @@ from cae_mm.models.layers import (
     Grid,
     Mlp,
     SinCosPositions,
-    gather_tokens,
     init_linear_and_norm,
     linear_drop_path,
     trunc_normal_,
@@ -109,15 +108,14 @@ class CAENeck(BaseModule):
             )
         self.positions = SinCosPositions(embed_dims)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dims))
-        shape = dict(dim=embed_dims, num_heads=num_heads)
         options = dict(mlp_ratio=mlp_ratio, layer_scale=layer_scale)
         self.regressor = nn.ModuleList(
-            RegressorBlock(**shape, drop_path=rate, **options)
+            RegressorBlock(embed_dims, num_heads, drop_path=rate, **options)
             for rate in linear_drop_path(drop_path_rate, regressor_depth)
         )
         self.regressor_norm = nn.LayerNorm(embed_dims, eps=1e-6)
         self.decoder = nn.ModuleList(
-            Block(**shape, drop_path=rate, **options)
+            Block(embed_dims, num_heads, drop_path=rate, **options)
             for rate in linear_drop_path(drop_path_rate, decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(embed_dims, eps=1e-6)
@@ -168,4 +166,4 @@ class CAENeck(BaseModule):
         return self.output(self.decoder_norm(x))
 
     def _positions(self, grid: Grid, ids: Tensor) -> Tensor:
-        return self.positions(grid, ids.device)[ids]  # [B, K, D]
+        return self.positions(grid, ids.device).to(self.mask_token.dtype)[ids]  # [B, K, D]

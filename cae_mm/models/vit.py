@@ -11,10 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from cae_mm.checkpoints import PretrainedMixin
+from cae_mm.checkpoints import PretrainedModule
 from cae_mm.models.layers import (
     Block,
     Grid,
@@ -50,13 +49,18 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
 
+    def init_weights(self) -> None:
+        """Initialise as the official code does."""
+        trunc_normal_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]  # a Conv2d may have none
+
     def forward(self, patches: Tensor) -> Tensor:
         """Embed ``patches``, shape (B, K, C * p * p), into shape (B, K, D)."""
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 @MODELS.register_module()
-class CAEViT(PretrainedMixin, BaseModule):
+class CAEViT(PretrainedModule):
     """Vision transformer of CAE.
 
     Args:
@@ -68,8 +72,8 @@ class CAEViT(PretrainedMixin, BaseModule):
         in_channels: Channels of the images.
         mlp_ratio: Hidden width of the MLPs over the width.
         drop_path_rate: Drop path of the last block; grows linearly from 0 over depth.
-        out_indices: Blocks whose outputs ``forward`` returns, counted from 0; negative numbers
-            count from the end.
+        out_indices: Blocks whose outputs ``forward`` returns, in ascending order, counted from 0;
+            negative numbers count from the end.
         out_type: What is returned of each of them: 'raw' tokens (B, 1 + N, D) with the class
             token first, 'cls_token' (B, D), 'featmap' (B, D, H/p, W/p) or 'avg_featmap' (B, D),
             the mean over patches.
@@ -128,8 +132,7 @@ class CAEViT(PretrainedMixin, BaseModule):
     def init_default_weights(self) -> None:
         """Initialise as the official code does (DESIGN: xavier linears, truncated normal rest)."""
         self.apply(init_linear_and_norm)
-        trunc_normal_(self.patch_embed.proj.weight)
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        self.patch_embed.init_weights()
         trunc_normal_(self.cls_token)
 
     def encode(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -193,13 +196,13 @@ class CAEViT(PretrainedMixin, BaseModule):
     def _embed(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
         grid = grid_of((images.shape[-2], images.shape[-1]), self.patch_size)
         patches = patchify(images, self.patch_size)  # [B, N, C*p*p]
-        positions = self.positions(grid, images.device).unsqueeze(0)  # [1, N, D]
+        positions = self.positions(grid, images.device).to(self.cls_token.dtype)[None]  # [1, N, D]
         if ids is not None:
             patches = gather_tokens(patches, ids)  # [B, K, C*p*p]
             positions = gather_tokens(positions.expand(len(ids), -1, -1), ids)  # [B, K, D]
         x = self.patch_embed(patches) + positions
         # the class token's position is zero in the official code: nothing to add
-        return torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # [B, 1+K, D]
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
         if self.with_cp and self.training and x.requires_grad:

@@ -170,7 +170,7 @@ model = dict(
         img_size=32,
         out_type='cls_token',
     ),
-    head=dict(type='LinearClsHead', num_classes=2, in_channels=16, loss=dict(type='CrossEntropyLoss')),
+    head=dict(type='LinearClsHead', num_classes=2, in_channels=16),
 )
 test_dataloader = dict(
     batch_size=2,

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from cae_mm.checkpoints import PretrainedMixin
+from cae_mm.checkpoints import PretrainedModule
 from cae_mm.models.targets.tokenizer import Tokenizer
 from cae_mm.registry import MODELS
 
@@ -75,7 +74,7 @@ def _groups(
 
 
 @MODELS.register_module()
-class DALLEEncoder(Tokenizer, BaseModule):
+class DALLEEncoder(Tokenizer):
     """DALL-E's encoder: images to tokens, 8 pixels of a side per token.
 
     Args:
@@ -99,7 +98,7 @@ class DALLEEncoder(Tokenizer, BaseModule):
     ) -> None:
         super().__init__(init_cfg)
         self.mixed_precision = mixed_precision
-        self.blocks = nn.Sequential(
+        self.blocks: Any = nn.Sequential(
             OrderedDict(
                 input=Conv2d(3, n_hid, 7),
                 **_groups(
@@ -132,7 +131,7 @@ class DALLEEncoder(Tokenizer, BaseModule):
 
 
 @MODELS.register_module()
-class DALLEDecoder(PretrainedMixin, BaseModule):
+class DALLEDecoder(PretrainedModule):
     """DALL-E's decoder: tokens to images. Used for pictures only.
 
     Args:
@@ -154,7 +153,7 @@ class DALLEDecoder(PretrainedMixin, BaseModule):
     ) -> None:
         super().__init__(init_cfg)
         self.vocab_size = vocab_size
-        self.blocks = nn.Sequential(
+        self.blocks: Any = nn.Sequential(
             OrderedDict(
                 input=Conv2d(vocab_size, n_init, 1),
                 **_groups(

@@ -6,12 +6,12 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor
 
-from cae_mm.checkpoints import PretrainedMixin
+from cae_mm.checkpoints import PretrainedModule
 from cae_mm.models.layers import Grid, gather_tokens
 
 
-class Tokenizer(PretrainedMixin):
-    """Mixin for networks that turn an image into a grid of token ids.
+class Tokenizer(PretrainedModule):
+    """Base of networks that turn an image into a grid of token ids.
 
     Weights come from ``init_cfg=dict(type='Pretrained', checkpoint=...)``. They are loaded by this
     module's own ``init_weights``, so that no parent's initialisation overwrites them.
