@@ -19,13 +19,12 @@ import skimage
 import sklearn
 import torch
 from mmengine.config import Config
-from mmengine.dataset import default_collate
-from mmengine.registry import DATASETS, MODELS, DefaultScope
+from mmengine.registry import MODELS
 from PIL import Image
+from reconstruct import load_model, make_batch
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from cae_mm.checkpoints import load_pretrained
 from cae_mm.visualization import paint_reconstruction, save_pictures
 
 ROOT = Path(__file__).parent.parent
@@ -83,28 +82,6 @@ def train(name: str, work_dir: Path, seed: int) -> Path:
     return Path((work_dir / 'last_checkpoint').read_text())
 
 
-def load_views(cfg: Config, folder: Path, count: int | None = None) -> dict:
-    """Load held-out crops whole, in the two views of the config, with masks and labels.
-
-    Args:
-        cfg: The pretraining config.
-        folder: With one sub-folder per photograph.
-        count: Number of crops, spread over the photographs; None for all.
-    """
-    load, _, crop, mask, pack = cfg.train_dataloader.dataset.pipeline
-    crop = dict(crop, scale=(1.0, 1.0), ratio=(1.0, 1.0))
-    dataset = DATASETS.build(
-        dict(
-            type='mmpretrain.CustomDataset',
-            data_prefix=str(folder),
-            pipeline=[dict(load), crop, dict(mask), dict(pack)],
-        )
-    )
-    indices = np.linspace(0, len(dataset) - 1, count or len(dataset)).astype(int)
-    np.random.seed(0)
-    return default_collate([dataset[i] for i in indices])
-
-
 @torch.no_grad()
 def extract_features(model: torch.nn.Module, views: Tensor) -> np.ndarray:
     """Mean of the patch tokens of each image, shape (images, D)."""
@@ -115,14 +92,14 @@ def extract_features(model: torch.nn.Module, views: Tensor) -> np.ndarray:
     return torch.cat(tokens).cpu().numpy()
 
 
-def classify(model: torch.nn.Module, train_batch: dict, val_batch: dict) -> float:
+def classify(model: torch.nn.Module, crops: dict[str, tuple[Tensor, list[str]]]) -> float:
     """Share of held-out crops that k nearest neighbours assign to the right photograph."""
-    features = [extract_features(model, b['inputs'][0]) for b in (train_batch, val_batch)]
-    labels = [[s.gt_label.item() for s in b['data_samples']] for b in (train_batch, val_batch)]
-    mean, std = features[0].mean(0), features[0].std(0) + 1e-6
-    features = [(f - mean) / std for f in features]
+    features = {split: extract_features(model, views) for split, (views, _) in crops.items()}
+    mean, std = features['train'].mean(0), features['train'].std(0) + 1e-6
+    features = {split: (values - mean) / std for split, values in features.items()}
     knn = KNeighborsClassifier(NEIGHBORS, metric='cosine', weights='distance')
-    return knn.fit(features[0], labels[0]).score(features[1], labels[1])
+    knn.fit(features['train'], crops['train'][1])
+    return knn.score(features['val'], crops['val'][1])
 
 
 def main() -> None:
@@ -143,21 +120,23 @@ def main() -> None:
 
     print('[4/4] pictures and evaluation')
     cfg = Config.fromfile('configs/demo/cae_demo.py')
+    crops = {}
+    for split in SPLITS:
+        paths = sorted((folder / 'crops' / split).glob('*/*.png'))
+        views = make_batch(cfg, paths, seed)['inputs'][0]
+        crops[split] = views, [path.parent.name for path in paths]
     torch.manual_seed(seed)
-    with DefaultScope.overwrite_default_scope('mmpretrain'):
-        model = MODELS.build(cfg.model)
-        crops = {split: load_views(cfg, folder / 'crops' / split) for split in SPLITS}
-        shown = load_views(cfg, folder / 'crops' / 'val', PICTURES)
-    model.init_weights()
-    model.to(device).eval()
-    random_accuracy = classify(model, crops['train'], crops['val'])
-    load_pretrained(model, checkpoint)
-    accuracy = classify(model, crops['train'], crops['val'])
+    random = MODELS.build(cfg.model)
+    random.init_weights()
+    random_accuracy = classify(random.to(device).eval(), crops)
+    model = load_model(cfg, checkpoint, device)
+    accuracy = classify(model, crops)
+
+    shown = make_batch(cfg, paths[:: len(paths) // PICTURES][:PICTURES], seed)
     masks = torch.stack([sample.mask for sample in shown['data_samples']]).flatten(1)
+    pictures = paint_reconstruction(model, shown['inputs'], masks, model.target_generator)
     picture = folder / 'reconstruction.png'
-    save_pictures(
-        paint_reconstruction(model, shown['inputs'], masks, model.target_generator), picture
-    )
+    save_pictures(pictures, picture)
     log = max((folder / 'cae').glob('*/*.log'))
     print(
         f'\nWhich of {len(PHOTOGRAPHS)} photographs is a held-out crop from? '

@@ -33,6 +33,7 @@ class TwoViewResizedCrop(BaseTransform):
         ratio: Range of the crop's width over its height.
         interpolation: 'bilinear', 'bicubic' or 'lanczos', for view 1.
         second_interpolation: The same for view 2.
+        central: Take the largest central crop within ``ratio`` instead, for evaluation.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class TwoViewResizedCrop(BaseTransform):
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         interpolation: str = 'bicubic',
         second_interpolation: str = 'lanczos',
+        central: bool = False,
     ) -> None:
         for name in (interpolation, second_interpolation):
             if name not in INTERPOLATIONS:
@@ -58,11 +60,13 @@ class TwoViewResizedCrop(BaseTransform):
             self.views.append((to_pair(second_size), INTERPOLATIONS[second_interpolation]))
         self.scale = scale
         self.ratio = ratio
+        self.central = central
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         """Replace ``img``, uint8 (H, W, 3), by the list of its views."""
         image = Image.fromarray(np.ascontiguousarray(results['img']))
-        left, top, width, height = self._draw_crop(*image.size)
+        find_crop = self._central_crop if self.central else self._draw_crop
+        left, top, width, height = find_crop(*image.size)
         crop = image.crop((left, top, left + width, top + height))
         results['img'] = [
             np.array(crop.resize((size[1], size[0]), how)) for size, how in self.views
@@ -80,7 +84,11 @@ class TwoViewResizedCrop(BaseTransform):
             if 0 < width <= W and 0 < height <= H:
                 left, top = np.random.randint(W - width + 1), np.random.randint(H - height + 1)
                 return left, top, width, height
-        ratio = min(max(W / H, self.ratio[0]), self.ratio[1])  # the largest central crop
+        return self._central_crop(W, H)
+
+    def _central_crop(self, W: int, H: int) -> tuple[int, int, int, int]:
+        """Return the largest central crop within the range of ratios."""
+        ratio = min(max(W / H, self.ratio[0]), self.ratio[1])
         width, height = min(W, max(round(H * ratio), 1)), min(H, max(round(W / ratio), 1))
         return (W - width) // 2, (H - height) // 2, width, height
 
