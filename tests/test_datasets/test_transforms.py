@@ -294,3 +294,16 @@ def test_square_is_as_likely_wide_as_tall():
     log_ratio = np.log(w / h)
     sigma = math.log(4 / 3) / math.sqrt(3 * len(log_ratio))
     assert abs(log_ratio.mean()) < 5 * sigma
+
+
+@pytest.mark.parametrize(
+    ('ratio', 'box'), [((1.0, 1.0), (10, 0, 40, 40)), ((0.5, 2.0), (0, 0, 60, 40))]
+)
+def test_central_crop_is_the_largest_within_the_ratios(ratio, box):
+    transform = TwoViewResizedCrop(8, 4, ratio=ratio, central=True)
+    image = np.random.default_rng(0).integers(256, size=(40, 60, 3), dtype=np.uint8)
+    left, top, width, height = box
+    crop = Image.fromarray(image).crop((left, top, left + width, top + height))
+    first, second = transform(dict(img=image))['img']
+    assert np.array_equal(first, np.asarray(crop.resize((8, 8), Image.Resampling.BICUBIC)))
+    assert np.array_equal(second, np.asarray(crop.resize((4, 4), Image.Resampling.LANCZOS)))

@@ -40,9 +40,13 @@ def test_loss_is_the_formula_of_the_paper():
     torch.testing.assert_close(losses['loss_align'], 2 * ((z_m - z_target) ** 2).mean())
 
 
-def test_every_trainable_parameter_and_no_other_gets_a_gradient():
+@pytest.mark.parametrize('bf16', [False, True])
+def test_every_trainable_parameter_and_no_other_gets_a_gradient(bf16):
+    """Under autocast too, whose cache may hold weights cast in the target branch."""
     model = build_cae().train()
-    total(model(*make_batch(), mode='loss')).backward()
+    with torch.autocast('cpu', dtype=torch.bfloat16, enabled=bf16):
+        losses = model(*make_batch(), mode='loss')
+    total(losses).backward()
     for name, param in model.named_parameters():
         assert param.requires_grad != name.startswith('target_generator.')
         assert (param.grad is not None) == param.requires_grad, name
