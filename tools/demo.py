@@ -79,7 +79,7 @@ def train(name: str, work_dir: Path, seed: int) -> Path:
     # the log goes to a file anyway; the progress bar is on stderr
     environment = os.environ | {'PYTHONWARNINGS': 'ignore'}
     subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment)
-    return Path((work_dir / 'last_checkpoint').read_text())
+    return Path(os.path.relpath((work_dir / 'last_checkpoint').read_text()))
 
 
 @torch.no_grad()
