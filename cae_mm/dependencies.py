@@ -82,7 +82,7 @@ DEPENDENCIES = (
     ),
     Dependency('mmcv', Requirement('onedl-mmcv', '2.3', '2.4'), Requirement('mmcv', '2.1', '2.2')),
     Dependency(
-        'mmpretrain.apis',
+        'mmpretrain.models',  # imports all of it, with mmcv's warning that it has no operators
         Requirement('onedl-mmpretrain', '1.3', '1.4'),
         Requirement('mmpretrain', '1.2', '1.3'),
     ),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cae_mm.models import CAE
 from cae_mm.models.layers import split_mask
-from cae_mm.models.targets import RGBTarget
+from cae_mm.models.targets.rgb import RGBTarget, patch_statistics
 
 GRAY = 0.5
 
@@ -34,14 +34,17 @@ def paint_reconstruction(
     """
     preprocessor, generator = model.data_preprocessor, model.target_generator
     inputs = preprocessor({'inputs': list(views)})['inputs']
-    image = _denormalize(model, inputs[0], 0)
-    hidden = _masks_as_images(masks, model.backbone.grid, image)
+    image, grid = _denormalize(model, inputs[0], 0), model.backbone.grid
+    hidden = _masks_as_images(masks, grid, image)
     pictures = {'image': image, 'masked': image.where(~hidden, torch.full_like(image, GRAY))}
     predicted = model.reconstruct(inputs[0], masks)  # [B, M, K]
     if isinstance(generator, RGBTarget):
-        pictures['predicted'] = _denormalize(
-            model, _fill_patches(model, inputs[0], masks, predicted), 0
-        )
+        if generator.norm_patch:  # only the true patch tells its brightness and contrast
+            true = RGBTarget().targets(inputs[0], split_mask(masks)[1].to(image.device), grid)
+            mean, std = patch_statistics(true)
+            predicted = predicted * std + mean
+        filled = _fill_patches(model, inputs[0], masks, predicted)
+        pictures['predicted'] = _denormalize(model, filled, 0)
     else:
         tokens = generator.tokenize(inputs[1])  # [B, h, w]
         ids_m = split_mask(masks)[1].to(tokens.device)

@@ -51,6 +51,8 @@ def shrink(cfg: Config, images: Path, work_dir: Path) -> Config:
     cfg.model.neck.update(in_dims=16, **SMALL, regressor_depth=1, decoder_depth=1)
     target = cfg.model.target_generator
     target.pop('init_cfg', None)
+    if target.type != 'cae_mm.RGBTarget':
+        cfg.model.neck.out_dims = 8
     if target.type == 'cae_mm.DALLEEncoder':
         target.update(n_hid=8, vocab_size=8, blocks_per_group=1)
     elif target.type == 'cae_mm.DiscreteVAE':
@@ -62,14 +64,15 @@ def shrink(cfg: Config, images: Path, work_dir: Path) -> Config:
 def test_config_trains_a_step_when_shrunk(path, images, tmp_path):
     cfg = shrink(Config.fromfile(path), images, tmp_path)
     runner = Runner.from_cfg(cfg)
+    runner.model.init_weights()
+    runner.model._is_init = True  # what moves from here on, training moves
     before = {name: p.detach().clone() for name, p in runner.model.named_parameters()}
-    # once the encoder is initialised below, what moves moved by training
+    runner._init_model_weights = lambda: None
     runner.train()
     loss = runner.message_hub.get_scalar('train/loss')
     assert all(math.isfinite(value) for value in loss.data[0]) and len(loss.data[0]) == 2
     moved = {n for n, p in runner.model.named_parameters() if not torch.equal(p, before[n])}
-    assert any(name.endswith('output.weight') for name in moved)
-    assert not any(name.startswith('target_generator') for name in moved)
+    assert moved == {n for n, p in runner.model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -90,7 +93,7 @@ def by_name(part: str) -> list[Path]:
 
 @pytest.mark.parametrize('path', PRETRAIN, ids=lambda path: path.stem)
 def test_recipe_of_the_paper(path):
-    """RECIPE: paper, "Training Details", and the official scripts."""
+    """Paper, "Training Details", and the official scripts."""
     cfg = Config.fromfile(path)
     custom = 'custom' in path.stem
     batch = 128 * 4 if custom else 2048
@@ -102,7 +105,8 @@ def test_recipe_of_the_paper(path):
     assert optimizer.lr == pytest.approx(lr)
     assert (*optimizer.betas, optimizer.weight_decay) == (0.9, 0.999, 0.05)
     assert cfg.optim_wrapper.clip_grad.max_norm == 3.0
-    assert cfg.auto_scale_lr.base_batch_size == batch
+    # mmengine does not count the accumulation of 4
+    assert cfg.auto_scale_lr.base_batch_size == (128 if custom else 2048)
     assert cfg.train_cfg.max_epochs == epochs
     assert warmup.end == cosine.begin == {300: 10, 800: 20, 1600: 40}[epochs]
     assert warmup.start_factor * optimizer.lr == pytest.approx(1e-6)

@@ -57,9 +57,7 @@ def test_predicted_tokens_are_the_models(views, masks, monkeypatch):
 
 def test_pixel_pictures(views, masks, monkeypatch):
     """Pixels that are predicted exactly give the image back."""
-    model = build_cae(
-        neck=dict(out_dims=48), target_generator=dict(type='cae_mm.RGBTarget', patch_size=PATCH)
-    ).eval()
+    model = build_cae(neck=dict(out_dims=48), target_generator=dict(type='cae_mm.RGBTarget')).eval()
     inputs = model.data_preprocessor({'inputs': views[:1]})['inputs']
     ids = torch.stack([mask.nonzero().flatten() for mask in masks])
     exact = model.target_generator.targets(inputs[0], ids, GRID)

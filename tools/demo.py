@@ -127,7 +127,7 @@ def main() -> None:
         crops[split] = views, [path.parent.name for path in paths]
     torch.manual_seed(seed)
     random = MODELS.build(cfg.model)
-    random.init_weights()
+    random.backbone.init_weights()
     random_accuracy = classify(random.to(device).eval(), crops)
     model = load_model(cfg, checkpoint, device)
     accuracy = classify(model, crops)

@@ -17,6 +17,13 @@ from cae_mm.models import CAE
 from cae_mm.models.layers import to_pair
 from cae_mm.visualization import paint_reconstruction, save_pictures
 
+STEPS = (
+    'cae_mm.LoadImage',
+    'cae_mm.TwoViewResizedCrop',
+    'cae_mm.CAEMaskGenerator',
+    'mmpretrain.PackInputs',
+)
+
 
 def load_model(cfg: Config, checkpoint: str | Path, device: str) -> CAE:
     """Build the model of a pretraining config with the weights of a checkpoint and its tokenizer.
@@ -46,14 +53,23 @@ def load_painter(model: CAE, decoder: str, device: str) -> torch.nn.Module | Non
 
 
 def make_batch(cfg: Config, images: list[str | Path], seed: int) -> dict:
-    """Load images in the views of the config: the largest central crop, no flip, random masks."""
-    load, _, crop, mask, pack = cfg.train_dataloader.dataset.pipeline
+    """Load images in the views of the config: the largest central crop, no flip, random masks.
+
+    Raises:
+        ValueError: If the config's pipeline lacks one of ``STEPS``.
+    """
+    steps = {step['type']: dict(step) for step in cfg.train_dataloader.dataset.pipeline}
+    missing = [name for name in STEPS if name not in steps]
+    if missing:
+        raise ValueError(f'the pipeline of the config has no {missing[0]}')
+    steps['cae_mm.LoadImage']['on_error'] = 'raise'
+    crop = steps['cae_mm.TwoViewResizedCrop']
     height, width = to_pair(crop['size'])
-    whole = dict(crop, central=True, ratio=(width / height,) * 2)
+    crop.update(central=True, ratio=(width / height,) * 2)
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        steps = [TRANSFORMS.build(dict(step)) for step in (load, whole, mask, pack)]
+        transforms = [TRANSFORMS.build(steps[name]) for name in STEPS]
     np.random.seed(seed)
-    pipeline = Compose(steps)
+    pipeline = Compose(transforms)
     return default_collate([pipeline(dict(img_path=str(path))) for path in images])
 
 

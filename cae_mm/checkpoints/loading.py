@@ -61,10 +61,13 @@ def load_pretrained(module: nn.Module, checkpoint: str | Path, prefix: str = '')
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file holds anything but plain data, or keys or shapes do not fit.
+        ValueError: If it is a URL, or the file holds anything but plain data, or keys or shapes do
+            not fit.
     """
-    path = Path(checkpoint)
     name = type(module).__name__
+    if '://' in str(checkpoint):
+        raise ValueError(f'{name} loads files only: download {checkpoint} first')
+    path = Path(checkpoint).expanduser()
     if not path.is_file():
         explain = getattr(module, 'explain_missing_weights', lambda: '')()
         raise FileNotFoundError(f'no weights for {name} at {path.absolute()}. {explain}')

@@ -41,7 +41,7 @@ class LoadImage(BaseTransform):
         try:
             with Image.open(io.BytesIO(fileio.get(path, self.backend_args))) as image:
                 array = np.array(to_rgb(image))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow's decoders raise almost anything on broken files
             message = f'cannot read the image {path}: {error}'
             if self.on_error == 'raise':
                 raise OSError(

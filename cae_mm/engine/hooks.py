@@ -1,4 +1,4 @@
-"""Hooks: exact resuming, a guard against broken losses, the d-VAE's temperature."""
+"""Hooks: exact resuming, progress, a guard against broken losses, the d-VAE's temperature."""
 
 import math
 import random
@@ -112,7 +112,12 @@ class ProgressBarHook(Hook):
 
 @HOOKS.register_module()
 class NonFiniteLossHook(Hook):
-    """Stop at the first loss that is not finite and say which images were in the batch."""
+    """Stop at the first loss that is not finite and say which images were in the batch.
+
+    The norm of the gradients, if they are clipped, is looked at too: it is the same on all
+    processes, so that all stop when one has a broken loss, before a checkpoint is written. Not
+    with loss scaling, which expects gradients that overflow.
+    """
 
     def after_train_iter(
         self,
@@ -122,14 +127,20 @@ class NonFiniteLossHook(Hook):
         outputs: dict[str, Any] | None = None,
     ) -> None:
         """Check the loss that the Runner has logged already, so nothing is waited for twice."""
-        loss = runner.message_hub.get_scalar('train/loss').current()
-        if math.isfinite(loss):
+        history = runner.message_hub.log_scalars
+        values = {'the loss': history['train/loss'].current()}
+        if 'train/grad_norm' in history and not hasattr(runner.optim_wrapper, 'loss_scaler'):
+            values['the norm of the gradients'] = history['train/grad_norm'].current()
+        broken = [
+            f'{name} is {value}' for name, value in values.items() if not math.isfinite(value)
+        ]
+        if not broken:
             return
         paths = [sample.get('img_path', 'unknown') for sample in data_batch['data_samples']]
         raise FloatingPointError(
-            f'the loss is {loss} at iteration {runner.iter + 1} (epoch {runner.epoch + 1}); '
-            f'images of the batch: {paths}. Resume from the last checkpoint with a lower '
-            'learning rate, or train in bfloat16 or float32 rather than float16'
+            f'{" and ".join(broken)} at iteration {runner.iter + 1} (epoch {runner.epoch + 1}); '
+            f'images of the batch on this process: {paths}. Resume from the last checkpoint with '
+            'a lower learning rate, or train in bfloat16 or float32 rather than float16'
         )
 
 

@@ -5,16 +5,19 @@ References:
     Official code: https://github.com/Atten4Vis/CAE/blob/master/models/modeling_cae.py
 """
 
+import logging
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from mmpretrain.models.selfsup.base import BaseSelfSupervisor
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 from cae_mm.models.layers import Grid, grid_of, split_mask
+from cae_mm.models.targets.tokenizer import Tokenizer
 from cae_mm.registry import MODELS
 
 
@@ -33,8 +36,9 @@ class CAE(BaseSelfSupervisor):
         target_generator: ``DALLEEncoder``, ``DiscreteVAE`` or ``RGBTarget``. Frozen here: always
             in eval mode, outside autograd and outside checkpoints.
         teacher_momentum: If given, the alignment target comes from an exponential moving average
-            of the encoder with this momentum instead, updated before each training step. An
-            option of this project, the paper has none.
+            of the encoder with this momentum instead, updated in each forward pass of training
+            (with accumulation: of each micro-batch). An option of this project, the paper has
+            none.
         data_preprocessor: A ``CAEDataPreprocessor``.
     """
 
@@ -55,6 +59,7 @@ class CAE(BaseSelfSupervisor):
             target_generator=target_generator,
             data_preprocessor=data_preprocessor or dict(type='cae_mm.CAEDataPreprocessor'),
         )
+        self._check_dims()
         self.target_generator.requires_grad_(False)
         self._register_state_dict_hook(_leave_out_target_generator)
         self.register_load_state_dict_post_hook(_ignore_missing_target_generator)
@@ -68,6 +73,12 @@ class CAE(BaseSelfSupervisor):
     def init_weights(self) -> None:
         """Initialise all parts; an EMA teacher starts as a copy of the encoder."""
         super().init_weights()
+        if isinstance(self.target_generator, Tokenizer) and not self.target_generator.init_cfg:
+            print_log(
+                'target_generator has no init_cfg: its random weights make poor targets',
+                logger='current',
+                level=logging.WARNING,
+            )
         if self.teacher is not None:
             self.teacher.load_state_dict(self.backbone.state_dict())
 
@@ -103,7 +114,7 @@ class CAE(BaseSelfSupervisor):
         z_v = self.encode(images, ids_v)  # [B, V, D]
         z_m = self.neck.regress(z_v, ids_v, ids_m, grid)  # [B, M, D]
         y_m = self.neck.decode(z_m, ids_m, grid)  # [B, M, K]
-        return self.head.loss(y_m, y_target, z_m, z_target)
+        return self.head.loss(y_m, y_target, z_m, z_target, cells=(ids_m, mask.shape[1]))
 
     def encode(self, images: Tensor, ids: Tensor, teacher: bool = False) -> Tensor:
         """Latents of the patches ``ids`` at the regressor's width, without class token."""
@@ -153,6 +164,21 @@ class CAE(BaseSelfSupervisor):
         for ema, param in zip(self.teacher.parameters(), self.backbone.parameters(), strict=True):
             ema.lerp_(param, 1 - momentum)
 
+    def _check_dims(self) -> None:
+        """Compare widths that no tensor operation would compare, or only on the device."""
+        patch_size = self.backbone.patch_size
+        pairs = {
+            'in_dims': (self.neck.in_dims, self.backbone.embed_dims, 'the width of the backbone'),
+            'out_dims': (
+                self.neck.out_dims,
+                self.target_generator.out_dims(patch_size),
+                f'what {type(self.target_generator).__name__} wants predicted',
+            ),
+        }
+        for name, (got, want, why) in pairs.items():
+            if got != want:
+                raise ValueError(f'neck.{name} is {got}, but must be {want}, {why}')
+
     def _check_grid(self, images: Tensor, mask: Tensor) -> Grid:
         grid = grid_of((images.shape[-2], images.shape[-1]), self.backbone.patch_size)
         if grid != self.backbone.grid:
@@ -172,7 +198,7 @@ class CAE(BaseSelfSupervisor):
 def _to_device(ids: Tensor, device: torch.device) -> Tensor:
     """Copy indices to the device; from pinned memory the host does not wait for the copy."""
     if device.type == 'cuda' and ids.device.type == 'cpu':
-        ids = ids.pin_memory()
+        ids = ids.contiguous().pin_memory()
     return ids.to(device, non_blocking=True)
 
 

@@ -5,7 +5,6 @@ https://github.com/Atten4Vis/CAE/blob/master/models/modeling_cae_helper.py
 """
 
 import math
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +76,6 @@ def split_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
     return order[:, : N - M], order[:, N - M :]
 
 
-@lru_cache(maxsize=32)
 def sincos_positions(grid: Grid, dim: int, temperature: float = 10000.0) -> Tensor:
     """Fixed 2D sin-cos positions [sin(row), cos(row), sin(column), cos(column)].
 
@@ -90,17 +88,18 @@ def sincos_positions(grid: Grid, dim: int, temperature: float = 10000.0) -> Tens
         temperature: Base of the geometric series of wave lengths.
 
     Returns:
-        float32 tensor with shape (rows * columns, D).
+        float32 tensor with shape (rows * columns, D), on the CPU.
 
     Raises:
         ValueError: If ``dim`` is not a multiple of 4.
     """
     if dim % 4:
         raise ValueError(f'2D sin-cos positions need a width that is a multiple of 4, not {dim}')
-    omega = 1.0 / temperature ** (torch.arange(dim // 4, dtype=torch.float32) / (dim // 4))  # [D/4]
+    steps = torch.arange(dim // 4, dtype=torch.float32, device='cpu') / (dim // 4)
+    omega = 1.0 / temperature**steps  # [D/4]
     rows, columns = torch.meshgrid(
-        torch.arange(grid[0], dtype=torch.float32),
-        torch.arange(grid[1], dtype=torch.float32),
+        torch.arange(grid[0], dtype=torch.float32, device='cpu'),
+        torch.arange(grid[1], dtype=torch.float32, device='cpu'),
         indexing='ij',
     )
     row_angles = rows.reshape(-1, 1) * omega  # [N, D/4]

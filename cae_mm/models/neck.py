@@ -101,6 +101,8 @@ class CAENeck(BaseModule):
         layer_scale: float = 0.1,
     ) -> None:
         super().__init__()
+        self.in_dims = in_dims
+        self.out_dims = out_dims
         self.projection: nn.Module = nn.Identity()
         if in_dims != embed_dims:
             self.projection = nn.Sequential(

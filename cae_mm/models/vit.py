@@ -130,7 +130,7 @@ class CAEViT(PretrainedModule):
         self._freeze_stages()
 
     def init_default_weights(self) -> None:
-        """Initialise as the official code does (DESIGN: xavier linears, truncated normal rest)."""
+        """Initialise as the official code does (xavier linears, truncated normal rest)."""
         self.apply(init_linear_and_norm)
         self.patch_embed.init_weights()
         trunc_normal_(self.cls_token)

@@ -14,6 +14,10 @@ custom_hooks = [
     dict(type='cae_mm.ThroughputHook'),
     dict(type='cae_mm.NonFiniteLossHook'),
 ]
+# averages since the last line, of the model's metrics too
+log_processor = dict(
+    mean_pattern=r'.*(loss|time|data_time|grad_norm|images_per_s|acc|cos|std|codes|perplexity).*'
+)
 env_cfg = dict(
     cudnn_benchmark=True,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),

@@ -32,7 +32,7 @@ model = dict(
         codebook_dims=64,
         hidden_dims=64,
         num_res_blocks=1,
-        init_cfg=dict(type='Pretrained', checkpoint='work_dirs/demo/dvae/epoch_14.pth'),
+        init_cfg=dict(type='Pretrained', checkpoint='work_dirs/demo/dvae/epoch_12.pth'),
     ),
 )
 _base_.train_pipeline[2].update(size=64, second_size=64, scale=(0.3, 1.0))
@@ -45,7 +45,8 @@ train_dataloader = dict(
 optim_wrapper = dict(optimizer=dict(lr=lr))
 _base_.param_scheduler[0].update(start_factor=0.01, end=2)
 _base_.param_scheduler[1].begin = 2
-train_cfg = dict(max_epochs=22)
+train_cfg = dict(max_epochs=18)
+auto_scale_lr = dict(base_batch_size=batch_size)
 custom_hooks = [
     *_base_.custom_hooks,
     dict(type='cae_mm.ProgressBarHook', title='CAE', metrics=('loss', 'token_acc')),

@@ -36,7 +36,8 @@ optim_wrapper = dict(
 param_scheduler = [
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, convert_to_iter_based=True)
 ]
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=14)
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=12)
+auto_scale_lr = dict(base_batch_size=32)
 custom_hooks = [
     *_base_.custom_hooks,
     dict(type='cae_mm.GumbelTemperatureHook'),

@@ -2,8 +2,8 @@
 
 _base_ = './cae_vit-base-p16_32xb64-amp-coslr-300e_in1k.py'
 
-# the official script means these values, but a missing backslash makes it train a decoder of
-# width 768 with 12 heads
+# the official script says so, but trains a decoder of width 768 (a missing backslash) with 12 heads
+# and layer scale 0.1 (flags that never reach the model)
 model = dict(
     backbone=dict(arch='large'),
     neck=dict(in_dims=1024, embed_dims=1024, num_heads=16, layer_scale=1e-5),

@@ -1,4 +1,5 @@
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ class FakeRunner:
     """What the hooks read of a Runner."""
 
     def __init__(self, **values):
+        self.optim_wrapper = SimpleNamespace()
         self.message_hub = MessageHub(f'test{id(self)}')
         self.__dict__.update(dict(seed=3, epoch=0, iter=0, max_iters=100) | values)
 
@@ -46,9 +48,23 @@ def test_broken_loss_stops_the_run_and_names_the_images():
     runner.message_hub.update_scalar('train/loss', 1.0)
     NonFiniteLossHook().after_train_iter(runner, 0, {'data_samples': samples})
     runner.message_hub.update_scalar('train/loss', float('nan'))
-    message = r"nan at iteration 42 \(epoch 2\); images of the batch: \['a.jpg', 'b.jpg'\]"
+    message = (
+        r'the loss is nan at iteration 42 \(epoch 2\); '
+        r"images of the batch on this process: \['a.jpg', 'b.jpg'\]"
+    )
     with pytest.raises(FloatingPointError, match=message):
         NonFiniteLossHook().after_train_iter(runner, 0, {'data_samples': samples})
+
+
+def test_a_loss_that_broke_on_another_process_stops_this_one_too():
+    """Through the gradients, which are the same everywhere; loss scaling expects overflows."""
+    runner = FakeRunner()
+    runner.message_hub.update_scalar('train/loss', 1.0)
+    runner.message_hub.update_scalar('train/grad_norm', float('inf'))
+    with pytest.raises(FloatingPointError, match='the norm of the gradients is inf at'):
+        NonFiniteLossHook().after_train_iter(runner, 0, {'data_samples': []})
+    runner.optim_wrapper.loss_scaler = object()
+    NonFiniteLossHook().after_train_iter(runner, 0, {'data_samples': []})
 
 
 def test_throughput_counts_all_processes(monkeypatch):

@@ -29,7 +29,7 @@ def add(x, y):
 
 
 def naive_block(block, x_m, z_v, pos_m, pos_v):
-    """DESIGN of the regressor block, one image, one token and one head at a time."""
+    """The regressor block, one image, one token and one head at a time."""
     heads, D = block.attn.num_heads, len(x_m[0])
     d = D // heads
     everything, positions = z_v + x_m, pos_v + pos_m

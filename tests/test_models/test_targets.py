@@ -175,7 +175,7 @@ def test_dvae_refuses_an_unknown_mode():
 
 def test_rgb_targets_are_the_pixels_of_the_patch():
     images = torch.rand(2, 3, 8, 12)
-    targets = RGBTarget(patch_size=4).targets(images, IDS, GRID)
+    targets = RGBTarget().targets(images, IDS, GRID)
     for b in range(2):
         for m, i in enumerate(IDS[b].tolist()):
             row, column = divmod(i, 3)
@@ -184,6 +184,6 @@ def test_rgb_targets_are_the_pixels_of_the_patch():
 
 
 def test_rgb_targets_may_be_normalised_per_patch():
-    targets = RGBTarget(4, norm_patch=True).targets(torch.rand(2, 3, 8, 12), IDS, GRID)
+    targets = RGBTarget(norm_patch=True).targets(torch.rand(2, 3, 8, 12), IDS, GRID)
     torch.testing.assert_close(targets.mean(-1), torch.zeros(2, 2), rtol=0, atol=1e-5)
     torch.testing.assert_close(targets.var(-1), torch.ones(2, 2), rtol=1e-3, atol=0)

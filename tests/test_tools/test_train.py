@@ -27,7 +27,6 @@ SHRINK = [
     'model.neck.out_dims=192',
     'model.target_generator._delete_=True',
     'model.target_generator.type=cae_mm.RGBTarget',
-    'model.target_generator.patch_size=8',
     'train_dataloader.batch_size=2',
     'default_hooks.logger.interval=1',
     'default_hooks.checkpoint.interval=1',
@@ -108,7 +107,7 @@ def test_options_reach_the_config(options, tmp_path):
     assert cfg.auto_scale_lr.enable is True
     assert cfg.model.backbone.arch.embed_dims == 16
     log = result.stdout + result.stderr
-    assert 'LR is set based on batch size of 2048' in log
+    assert 'LR is set based on batch size of 64' in log
     assert 'images_per_s' in log and 'eta' in log and 'token_acc: ' not in log
 
 
@@ -150,6 +149,7 @@ def test_missing_config_and_missing_weights_are_named(tmp_path, options):
     result = run(
         *('train.py', config, '--work-dir', tmp_path, '--cfg-options'),
         *('model.target_generator.n_hid=8', 'model.target_generator.vocab_size=8'),
+        *('model.neck.out_dims=8',),
         *('model.backbone.arch=tiny', 'model.neck.in_dims=192', options[-1]),
         *('train_dataloader.batch_size=2', 'train_dataloader.num_workers=0'),
     )

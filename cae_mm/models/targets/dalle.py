@@ -97,6 +97,7 @@ class DALLEEncoder(Tokenizer):
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(init_cfg)
+        self.vocab_size = vocab_size
         self.mixed_precision = mixed_precision
         self.blocks: Any = nn.Sequential(
             OrderedDict(

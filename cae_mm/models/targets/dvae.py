@@ -68,6 +68,7 @@ class DiscreteVAE(Tokenizer, BaseModel):
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(data_preprocessor=data_preprocessor, init_cfg=init_cfg)
+        self.vocab_size = vocab_size
         self.usage_weight = usage_weight
         self.temperature = temperature
         stages = int(math.log2(self.reduction))

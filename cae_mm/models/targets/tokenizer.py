@@ -3,7 +3,6 @@
 from abc import abstractmethod
 
 import torch
-from mmengine.logging import print_log
 from torch import Tensor
 
 from cae_mm.checkpoints import PretrainedModule
@@ -19,6 +18,11 @@ class Tokenizer(PretrainedModule):
 
     view = 1
     reduction = 8  # pixels of the second view per token, along each side
+    vocab_size: int
+
+    def out_dims(self, patch_size: int) -> int:
+        """Logits to predict for a patch."""
+        return self.vocab_size
 
     @abstractmethod
     def encode_features(self, images: Tensor) -> Tensor:
@@ -59,13 +63,6 @@ class Tokenizer(PretrainedModule):
         """Tokens of whole images, int64 with shape (B, h/8, w/8)."""
         features = self.encode_features(images).movedim(1, -1)  # [B, h/8, w/8, C]
         return self.classify(features).argmax(-1)
-
-    def init_default_weights(self) -> None:
-        """Keep the random weights, and say so: frozen in CAE they make poor targets."""
-        print_log(
-            f'{type(self).__name__} has no init_cfg: it starts with random weights',
-            logger='current',
-        )
 
     def explain_missing_weights(self) -> str:
         """Say how to come by a tokenizer."""
