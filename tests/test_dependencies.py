@@ -133,9 +133,9 @@ def test_torchvision_of_another_torch(environment, torch, remedy):
     ],
 )
 def test_import_errors_come_with_a_command(environment, error, remedy):
-    environment(ONEDL, {'mmpretrain.apis': ImportError(error)})
+    environment(ONEDL, {'mmpretrain.models': ImportError(error)})
     message = message_of_check()
-    assert f'mmpretrain.apis cannot be imported: {error}' in message
+    assert f'mmpretrain.models cannot be imported: {error}' in message
     assert remedy in message
 
 
