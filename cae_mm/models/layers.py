@@ -140,6 +140,12 @@ class SinCosPositions(nn.Module):
         return table.flatten(2)[0].T.contiguous()  # [N, D]
 
 
+def check_heads(dim: int, num_heads: int) -> None:
+    """Raise ValueError if a width cannot be split into so many heads."""
+    if dim % num_heads:
+        raise ValueError(f'a width of {dim} cannot be split into {num_heads} heads')
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; q and v have a bias, k has none.
 
@@ -150,6 +156,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
+        check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
@@ -176,6 +183,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
+        check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim, bias=False)

@@ -309,3 +309,9 @@ def test_grid_of_proposes_a_size(size):
     message = rf'{size[0]}x{size[1]} pixels cannot be cut into patches of 16x16: .* to 240x160$'
     with pytest.raises(ValueError, match=message):
         grid_of(size, 16)
+
+
+@pytest.mark.parametrize('attention', [Attention, CrossAttention])
+def test_heads_that_do_not_divide_the_width_are_refused(attention):
+    with pytest.raises(ValueError, match='a width of 10 cannot be split into 4 heads'):
+        attention(10, 4)
