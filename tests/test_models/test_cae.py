@@ -69,6 +69,16 @@ def test_no_gradient_flows_through_the_alignment_target():
         torch.testing.assert_close(param.grad, got[name])
 
 
+def test_targets_are_computed_outside_autograd(monkeypatch):
+    """Not only detached: a graph of the target branch would hold its activations."""
+    model, received = build_cae().train(), []
+    monkeypatch.setattr(model.head, 'loss', lambda *args, **kwargs: received.extend(args) or {})
+    model(*make_batch(), mode='loss')
+    y_m, y_target, z_m, z_target = received
+    assert y_m.requires_grad and z_m.requires_grad
+    assert not y_target.requires_grad and not z_target.requires_grad
+
+
 def test_masked_pixels_do_not_reach_the_prediction():
     """Neither visible latents nor predictions change by a bit with what is masked."""
     model = build_cae().eval()
