@@ -126,6 +126,8 @@ def test_recipe_of_the_paper(path):
     assert mask.mask_ratio == 0.5
     rgb = 'rgb' in path.stem
     assert model.neck.out_dims == (768 if rgb else 8192)
+    if rgb:
+        return  # no second view
     preprocessor = MODELS.build(model.data_preprocessor)
     white = preprocessor.means.new_tensor([255.0])
     second = (white - preprocessor.means[1].flatten()) / preprocessor.stds[1].flatten()

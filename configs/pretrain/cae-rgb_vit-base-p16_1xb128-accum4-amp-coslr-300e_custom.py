@@ -1,23 +1,12 @@
-"""CAE-B on an own folder of images on one GPU, pixels as targets: no tokenizer.
+"""CAE-B on an own folder of images on one GPU, pixels as targets: no tokenizer, one view.
 
     python tools/train.py THIS_FILE --cfg-options train_dataloader.dataset.data_root=MY_IMAGES
-
-The folder may be flat or have sub-folders; for a list of files, one path a line, set
-``train_dataloader.dataset.ann_file``.
 """
 
-_base_ = './cae-rgb_vit-base-p16_32xb64-amp-coslr-300e_in1k.py'
+_base_ = './cae-dvae_vit-base-p16_1xb128-accum4-amp-coslr-300e_custom.py'
 
-# ---- what to change: memory of the GPU and effective batch
-batch_size, accumulation = 128, 4
-lr = 1.5e-3 * batch_size * accumulation / 2048
-
-_base_.train_dataloader.dataset.pipeline[0].on_error = 'skip'
-train_dataloader = dict(
-    batch_size=batch_size,
-    drop_last=False,  # a small folder may hold less than a batch
-    dataset=dict(data_root='data/custom/', data_prefix=''),
+model = dict(
+    neck=dict(out_dims=16 * 16 * 3),
+    target_generator=dict(_delete_=True, type='cae_mm.RGBTarget'),
 )
-optim_wrapper = dict(optimizer=dict(lr=lr), accumulative_counts=accumulation)
-_base_.param_scheduler[0].start_factor = 1e-6 / lr
-auto_scale_lr = dict(base_batch_size=batch_size)  # mmengine does not count accumulation
+_base_.train_dataloader.dataset.pipeline[2].second_size = None
