@@ -1,6 +1,6 @@
 """CAE-B on an own folder of images on one GPU, pixels as targets: no tokenizer, one view.
 
-    python tools/train.py THIS_FILE --cfg-options train_dataloader.dataset.data_root=MY_IMAGES
+python tools/train.py THIS_FILE --cfg-options train_dataloader.dataset.data_root=MY_IMAGES
 """
 
 _base_ = './cae-dvae_vit-base-p16_1xb128-accum4-amp-coslr-300e_custom.py'
