@@ -35,19 +35,18 @@ def paint_reconstruction(
     preprocessor, generator = model.data_preprocessor, model.target_generator
     inputs = preprocessor({'inputs': list(views)})['inputs']
     image, grid = _denormalize(model, inputs[0], 0), model.backbone.grid
+    ids_m = split_mask(masks)[1].to(image.device)  # [B, M]
     hidden = _masks_as_images(masks, grid, image)
     pictures = {'image': image, 'masked': image.where(~hidden, torch.full_like(image, GRAY))}
     predicted = model.reconstruct(inputs[0], masks)  # [B, M, K]
     if isinstance(generator, RGBTarget):
         if generator.norm_patch:  # only the true patch tells its brightness and contrast
-            true = RGBTarget().targets(inputs[0], split_mask(masks)[1].to(image.device), grid)
-            mean, std = patch_statistics(true)
+            mean, std = patch_statistics(RGBTarget().targets(inputs[0], ids_m, grid))
             predicted = predicted * std + mean
-        filled = _fill_patches(model, inputs[0], masks, predicted)
-        pictures['predicted'] = _denormalize(model, filled, 0)
+        painted = _denormalize(model, _paint_patches(predicted, ids_m, grid, inputs[0]), 0)
+        pictures['predicted'] = painted.where(hidden, image)
     else:
         tokens = generator.tokenize(inputs[1])  # [B, h, w]
-        ids_m = split_mask(masks)[1].to(tokens.device)
         guess = tokens.flatten(1).scatter(1, ids_m, predicted.argmax(-1)).view_as(tokens)
         pictures['true tokens'] = _denormalize(model, painter.decode_tokens(tokens), 1)
         pictures['predicted tokens'] = _denormalize(model, painter.decode_tokens(guess), 1)
@@ -87,11 +86,10 @@ def _masks_as_images(masks: Tensor, grid: tuple[int, int], image: Tensor) -> Ten
     return masks.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
 
 
-def _fill_patches(model: CAE, image: Tensor, masks: Tensor, pixels: Tensor) -> Tensor:
-    """Put predicted pixels (B, M, 3*p*p) into the masked patches of ``image``."""
-    (h, w), p = model.backbone.grid, model.backbone.patch_size
-    B = len(image)
-    patches = image.new_zeros(B, h * w, 3 * p * p)
-    patches[masks.to(image.device)] = pixels.flatten(0, 1).to(image.dtype)
-    filled = patches.view(B, h, w, 3, p, p).permute(0, 3, 1, 4, 2, 5).reshape(image.shape)
-    return image.where(~_masks_as_images(masks, (h, w), image), filled)
+def _paint_patches(pixels: Tensor, ids: Tensor, grid: tuple[int, int], like: Tensor) -> Tensor:
+    """Put the pixels (B, M, 3*p*p) of the patches ``ids`` into an image that is 0 elsewhere."""
+    B, _, K = pixels.shape
+    patches = pixels.new_zeros(B, grid[0] * grid[1], K)
+    patches.scatter_(1, ids.unsqueeze(-1).expand_as(pixels), pixels)
+    patches = patches.view(B, *grid, 3, like.shape[-2] // grid[0], -1)  # [B, h, w, 3, p, p]
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(like.shape)  # [B, 3, H, W]

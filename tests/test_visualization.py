@@ -55,9 +55,11 @@ def test_predicted_tokens_are_the_models(views, masks, monkeypatch):
     assert torch.equal(pictures['true tokens'], pictures['predicted tokens'])
 
 
-def test_pixel_pictures(views, masks, monkeypatch):
-    """Pixels that are predicted exactly give the image back."""
-    model = build_cae(neck=dict(out_dims=48), target_generator=dict(type='cae_mm.RGBTarget')).eval()
+@pytest.mark.parametrize('norm_patch', [False, True])
+def test_pixel_pictures(views, masks, monkeypatch, norm_patch):
+    """Pixels that are predicted exactly give the image back, also if normalised per patch."""
+    target = dict(type='cae_mm.RGBTarget', norm_patch=norm_patch)
+    model = build_cae(neck=dict(out_dims=48), target_generator=target).eval()
     inputs = model.data_preprocessor({'inputs': views[:1]})['inputs']
     ids = torch.stack([mask.nonzero().flatten() for mask in masks])
     exact = model.target_generator.targets(inputs[0], ids, GRID)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import OPTIMIZERS
@@ -63,7 +64,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the wrapper for ``model``."""
-        model = getattr(model, 'module', model)  # what a DistributedDataParallel wraps
+        wrapper: Any = model
+        model = wrapper.module if is_model_wrapper(wrapper) else model
         optimizer_cfg = self.optimizer_cfg.copy()
         optimizer_cfg['params'] = self._param_groups(model)
         optimizer = OPTIMIZERS.build(optimizer_cfg)
@@ -79,14 +81,15 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             weight_decay = self.optimizer_cfg.get('weight_decay', 0.0) if decays else 0.0
             key = (self._lr_scale(model, name), weight_decay)
             groups.setdefault(key, []).append(param)
-        for (scale, weight_decay), params in sorted(groups.items(), reverse=True):
+        ordered = sorted(groups.items(), key=lambda group: group[0], reverse=True)
+        for (scale, weight_decay), params in ordered:
             print_log(
                 f'{len(params)} tensors with lr x {scale:.3g}, weight decay {weight_decay}',
                 logger='current',
             )
         return [
             dict(params=params, lr=self.optimizer_cfg['lr'] * scale, weight_decay=weight_decay)
-            for (scale, weight_decay), params in sorted(groups.items(), reverse=True)
+            for (scale, weight_decay), params in ordered
         ]
 
     def _lr_scale(self, model: nn.Module, name: str) -> float:

@@ -104,8 +104,7 @@ class CAE(BaseSelfSupervisor):
         """
         images = inputs[0]
         mask = torch.stack([sample.mask for sample in data_samples]).flatten(1).bool()  # [B, N]
-        grid = self._check_grid(images, mask)
-        ids_v, ids_m = (_to_device(ids, images.device) for ids in split_mask(mask))
+        grid, ids_v, ids_m = self._split(images, mask)
 
         with torch.no_grad():  # before the rest: no activations are held yet, the peak is lower
             y_target = self.make_target(inputs, ids_m, grid)  # [B, M] or [B, M, K]
@@ -150,8 +149,7 @@ class CAE(BaseSelfSupervisor):
         Returns:
             Logits or pixels of the masked patches in row-major order, shape (B, M, K).
         """
-        grid = self._check_grid(images, mask)
-        ids_v, ids_m = (_to_device(ids, images.device) for ids in split_mask(mask))
+        grid, ids_v, ids_m = self._split(images, mask)
         z_m = self.neck.regress(self.encode(images, ids_v), ids_v, ids_m, grid)
         return self.neck.decode(z_m, ids_m, grid)
 
@@ -163,6 +161,12 @@ class CAE(BaseSelfSupervisor):
     def _update_teacher(self, momentum: float) -> None:
         for ema, param in zip(self.teacher.parameters(), self.backbone.parameters(), strict=True):
             ema.lerp_(param, 1 - momentum)
+
+    def _split(self, images: Tensor, mask: Tensor) -> tuple[Grid, Tensor, Tensor]:
+        """Grid, and indices of visible and of masked patches on the images' device."""
+        grid = self._check_grid(images, mask)
+        ids_v, ids_m = (_to_device(ids, images.device) for ids in split_mask(mask))
+        return grid, ids_v, ids_m
 
     def _check_dims(self) -> None:
         """Compare widths that no tensor operation would compare, or only on the device."""

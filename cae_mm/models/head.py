@@ -47,9 +47,9 @@ class CAEPretrainHead(BaseModule):
         Returns:
             ``loss_main`` and ``loss_align``, whose sum is minimised, and metrics without gradient:
             ``align_cos`` (mean cosine of predicted and encoded latents), ``latent_std`` (see
-            ``batch_std``; towards 0 is collapse)
-            and, for tokens, ``token_acc`` (share of right tokens, [0, 1]) and ``target_codes``
-            (number of different tokens among the targets of this batch).
+            ``batch_std``; towards 0 is collapse) and, for tokens, ``token_acc`` (share of right
+            tokens, [0, 1]) and ``target_codes`` (number of different tokens among the targets of
+            this batch).
 
         Raises:
             ValueError: If the decoder's outputs do not fit the targets.
@@ -60,8 +60,8 @@ class CAEPretrainHead(BaseModule):
             'loss_align': self.align_weight * F.mse_loss(z_m, z_target.to(z_m.dtype)),
         }
         with torch.no_grad():
-            losses['latent_std'] = batch_std(z_m, *cells)
-            return losses | self._metrics(y_m, y_target, z_m, z_target)
+            metrics = self._metrics(y_m, y_target, z_m, z_target)
+            return losses | metrics | {'latent_std': batch_std(z_m, *cells)}
 
     def _main(self, y_m: Tensor, y_target: Tensor) -> Tensor:
         if not y_target.is_floating_point():
