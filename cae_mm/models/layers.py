@@ -5,6 +5,7 @@ https://github.com/Atten4Vis/CAE/blob/master/models/modeling_cae_helper.py
 """
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -152,9 +153,11 @@ class Attention(nn.Module):
     Args:
         dim: Width D.
         num_heads: Number of heads, a divisor of D.
+        bias_grid: If given, a relative position bias is learned for this grid of patches (with a
+            class token before them) and resized bicubically for others.
     """
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, bias_grid: Grid | None = None) -> None:
         super().__init__()
         check_heads(dim, num_heads)
         self.num_heads = num_heads
@@ -162,15 +165,144 @@ class Attention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
+        self.bias_grid = bias_grid
+        if bias_grid is not None:
+            entries = num_relative_positions(bias_grid)
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(entries, num_heads))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend within ``x``, shape (B, N, D)."""
+    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        """Attend within ``x``, shape (B, N, D).
+
+        Args:
+            x: Tokens; with a relative position bias the class token, then the patches of ``grid``.
+            grid: Rows and columns of patches, not needed without relative position bias.
+        """
+        return self.attend(x, self._relative_bias(grid or self.bias_grid))
+
+    def attend(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Attend within ``x``, shape (B, N, D), with ``bias`` added to the logits.
+
+        Args:
+            x: Tokens.
+            bias: Float tensor to add, or bool tensor with False for keys to leave out; its shape
+                is broadcast to (B, heads, N, N).
+        """
         B, N, D = x.shape
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias).reshape(B, N, 3, self.num_heads, -1)
+        qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, qkv_bias).reshape(B, N, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, D/heads]
-        x = F.scaled_dot_product_attention(q, k, v)
+        if bias is not None and bias.is_floating_point():
+            bias = bias.to(q.dtype)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))  # [B, N, D]
+
+    def _relative_bias(self, grid: Grid | None) -> Tensor | None:
+        """Bias of all pairs of tokens, shape (1, heads, 1 + N, 1 + N), or None."""
+        if self.bias_grid is None or grid is None:
+            return None
+        table = resize_bias_table(self.relative_position_bias_table, self.bias_grid, grid)
+        index = relative_position_index(grid, table.device)  # [1+N, 1+N]
+        return F.embedding(index, table).permute(2, 0, 1)[None]
+
+
+class WindowAttention(Attention):
+    """Self-attention within square windows of patches, as in ViTDet (arXiv 2203.16527).
+
+    Each window sees a copy of the class token, whose outputs are averaged; ViTDet has no class
+    token. Windows at the border are filled up with patches that nobody attends to; in ViTDet these
+    are attended to. So one window over the whole grid is the same as global attention.
+
+    Args:
+        dim: Width D.
+        num_heads: Number of heads, a divisor of D.
+        window_size: Side of a window in patches.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window_size: int) -> None:
+        super().__init__(dim, num_heads)
+        self.window_size = window_size
+
+    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        """Attend within ``x``, shape (B, 1 + N, D), class token first, N patches of ``grid``."""
+        assert grid is not None
+        B, w = len(x), self.window_size
+        rows, columns = (math.ceil(side / w) for side in grid)  # of windows
+        windows = partition_windows(x[:, 1:].unflatten(1, grid), w)  # [B*nW, w*w, D]
+        copies = x[:, :1].repeat_interleave(rows * columns, dim=0)  # [B*nW, 1, D]
+        y = self.attend(torch.cat([copies, windows], dim=1), self._real_keys(B, grid, x.device))
+        cls_token = y[:, :1].unflatten(0, (B, -1)).mean(1)  # [B, 1, D]
+        y = y[:, 1:].reshape(B, rows, columns, w, w, -1).transpose(2, 3)
+        y = y.reshape(B, rows * w, columns * w, -1)[:, : grid[0], : grid[1]]  # [B, h, w, D]
+        return torch.cat([cls_token, y.flatten(1, 2)], dim=1)
+
+    def _real_keys(self, B: int, grid: Grid, device: torch.device) -> Tensor | None:
+        """Bool mask of the keys that are no filling, shape (B * nW, 1, 1, 1 + w * w), or None."""
+        if grid[0] % self.window_size == grid[1] % self.window_size == 0:
+            return None
+        real = torch.ones(B, *grid, 1, dtype=torch.bool, device=device)
+        real = partition_windows(real, self.window_size).squeeze(-1)  # [B*nW, w*w]
+        return F.pad(real, (1, 0), value=True)[:, None, None]
+
+
+def partition_windows(x: Tensor, size: int) -> Tensor:
+    """Cut maps of tokens, shape (B, h, w, D), into windows, shape (B * nW, size * size, D).
+
+    Right and bottom are filled up with zeros where ``size`` does not divide the map.
+    """
+    h, w, D = x.shape[1:]
+    x = F.pad(x, (0, 0, 0, -w % size, 0, -h % size))
+    x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))  # [B, rows, size, columns, size, D]
+    return x.transpose(2, 3).reshape(-1, size * size, D)
+
+
+def num_relative_positions(grid: Grid) -> int:
+    """Entries of a relative position table: all offsets, and three with the class token."""
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+
+
+@lru_cache(maxsize=8)
+def relative_position_index(grid: Grid, device: torch.device) -> Tensor:
+    """Entry of the relative position table for each pair of tokens, in BEiT's order.
+
+    Args:
+        grid: Rows h and columns w of the patches.
+        device: Where to put it.
+
+    Returns:
+        int64 tensor with shape (1 + h * w, 1 + h * w), class token first; rows are queries. The
+        last three entries of a table are class token to patch, patch to class token, and class
+        token to itself.
+    """
+    h, w = grid
+    rows = torch.arange(h, device=device).repeat_interleave(w)  # [N]
+    columns = torch.arange(w, device=device).repeat(h)  # [N]
+    down = rows[:, None] - rows + h - 1  # [N, N], in [0, 2h - 2]
+    right = columns[:, None] - columns + w - 1  # [N, N], in [0, 2w - 2]
+    index = F.pad(down * (2 * w - 1) + right, (1, 0, 1, 0))  # [1+N, 1+N]
+    last = num_relative_positions(grid) - 1
+    index[0, :], index[:, 0], index[0, 0] = last - 2, last - 1, last
+    return index
+
+
+def resize_bias_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
+    """Resize a relative position table from one grid to another, bicubically.
+
+    Args:
+        table: Shape ((2h - 1) * (2w - 1) + 3, heads) for the grid ``old``.
+        old: The grid (h, w) that the table is made for.
+        new: The grid that it shall be made for.
+
+    Returns:
+        The table for the grid ``new``; the three entries of the class token are kept. The table
+        itself if the grids are equal.
+    """
+    if old == new:
+        return table
+    offsets, cls_entries = table[:-3], table[-3:]
+    maps = offsets.T.reshape(1, -1, 2 * old[0] - 1, 2 * old[1] - 1)  # [1, heads, 2h-1, 2w-1]
+    size = (2 * new[0] - 1, 2 * new[1] - 1)
+    maps = F.interpolate(maps, size=size, mode='bicubic', align_corners=False)
+    return torch.cat([maps[0].flatten(1).T, cls_entries])
 
 
 class CrossAttention(nn.Module):
@@ -229,6 +361,8 @@ class Block(nn.Module):
         mlp_ratio: Hidden width of the MLP over D.
         drop_path: Probability to skip a residual branch of an image.
         layer_scale: Initial value of the two learned per-channel scales.
+        bias_grid: Grid of the relative position bias, None for none.
+        window_size: Side of the windows of attention in patches, None for global attention.
     """
 
     def __init__(
@@ -239,19 +373,29 @@ class Block(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         layer_scale: float = 0.1,
+        bias_grid: Grid | None = None,
+        window_size: int | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads)
+        if window_size is None:
+            self.attn = Attention(dim, num_heads, bias_grid)
+        else:
+            self.attn = WindowAttention(dim, num_heads, window_size)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, mlp_ratio)
         self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale))
         self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform ``x``, shape (B, N, D)."""
-        x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        """Transform ``x``, shape (B, N, D).
+
+        Args:
+            x: Tokens.
+            grid: Rows and columns of patches, for relative position bias and windows.
+        """
+        x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x), grid))
         return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
 
 

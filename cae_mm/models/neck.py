@@ -5,6 +5,8 @@ References:
     Official code: https://github.com/Atten4Vis/CAE/blob/master/models/modeling_cae_helper.py
 """
 
+from typing import Any
+
 import torch
 from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
@@ -110,7 +112,7 @@ class CAENeck(BaseModule):
             )
         self.positions = SinCosPositions(embed_dims)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dims))
-        options = dict(mlp_ratio=mlp_ratio, layer_scale=layer_scale)
+        options: dict[str, Any] = dict(mlp_ratio=mlp_ratio, layer_scale=layer_scale)
         self.regressor = nn.ModuleList(
             RegressorBlock(embed_dims, num_heads, drop_path=rate, **options)
             for rate in linear_drop_path(drop_path_rate, regressor_depth)

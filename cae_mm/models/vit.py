@@ -5,6 +5,7 @@ References:
     Official code: https://github.com/Atten4Vis/CAE/blob/master/models/modeling_cae_helper.py
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,9 @@ from cae_mm.models.layers import (
     grid_of,
     init_linear_and_norm,
     linear_drop_path,
+    num_relative_positions,
     patchify,
+    resize_bias_table,
     to_pair,
     trunc_normal_,
 )
@@ -39,6 +42,7 @@ ARCHS: dict[str, dict[str, Any]] = {
     'large': dict(embed_dims=1024, depth=24, num_heads=16, layer_scale=1e-5),
     'huge': dict(embed_dims=1280, depth=32, num_heads=16, layer_scale=1e-5),
 }
+BIAS_TABLE = 'relative_position_bias_table'
 OUT_TYPES = ('raw', 'cls_token', 'featmap', 'avg_featmap')
 
 
@@ -66,8 +70,12 @@ class CAEViT(PretrainedModule):
     Args:
         arch: 'tiny', 'small', 'base', 'large', 'huge', or a dict with the keys ``embed_dims``,
             ``depth``, ``num_heads`` and ``layer_scale``.
-        img_size: Height and width in pixels that the fixed positions are made for. In
-            pretraining the images must have this size; elsewhere positions are resized.
+        img_size: Height and width in pixels that relative position tables are made for, and
+            positions if ``pretrain_img_size`` does not say otherwise. In pretraining the images
+            must have this size; elsewhere any size will do, tables and positions are resized.
+        pretrain_img_size: Height and width in pixels of pretraining, for which the fixed positions
+            are exact; None means ``img_size``. Other sizes get positions resized bicubically
+            from these, as in the official downstream code.
         patch_size: Side of a patch in pixels.
         in_channels: Channels of the images.
         mlp_ratio: Hidden width of the MLPs over the width.
@@ -76,7 +84,14 @@ class CAEViT(PretrainedModule):
             negative numbers count from the end.
         out_type: What is returned of each of them: 'raw' tokens (B, 1 + N, D) with the class
             token first, 'cls_token' (B, D), 'featmap' (B, D, H/p, W/p) or 'avg_featmap' (B, D),
-            the mean over patches.
+            the mean over patches, to which the final norm is applied (official ``fc_norm``).
+        use_rel_pos_bias: Learn a relative position bias in each block, from zero: fine-tuning and
+            segmentation have it, pretraining has not.
+        final_norm: Whether the last block's output is normalised. The official dense prediction
+            code does not; the final norm's weights in a checkpoint are then left out.
+        window_size: Side in patches of the windows that all blocks but ``global_blocks`` attend
+            in, as ViTDet for large images; None for global attention everywhere.
+        global_blocks: Blocks with global attention where there are windows, counted from 0.
         frozen_stages: Number of blocks that are frozen with everything before them; -1 freezes
             nothing, ``depth`` freezes all, the final norm included.
         with_cp: Recompute each block's activations in the backward pass to save memory.
@@ -88,12 +103,17 @@ class CAEViT(PretrainedModule):
         *,
         arch: str | dict[str, Any] = 'base',
         img_size: int | tuple[int, int] = 224,
+        pretrain_img_size: int | tuple[int, int] | None = None,
         patch_size: int = 16,
         in_channels: int = 3,
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
         out_indices: int | Sequence[int] = -1,
         out_type: str = 'raw',
+        use_rel_pos_bias: bool = False,
+        final_norm: bool = True,
+        window_size: int | None = None,
+        global_blocks: Sequence[int] = (),
         frozen_stages: int = -1,
         with_cp: bool = False,
         init_cfg: dict[str, Any] | None = None,
@@ -112,10 +132,18 @@ class CAEViT(PretrainedModule):
             raise ValueError(f'frozen_stages must be in [-1, {self.depth}], not {frozen_stages}')
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
+        if use_rel_pos_bias and window_size is not None:
+            raise ValueError('windows have no relative position bias: choose one of the two')
+        self.bias_grid = self.grid if use_rel_pos_bias else None
+        self.window_size = window_size
+        windows: list[int | None] = [window_size] * self.depth
+        for index in self._resolve_indices(global_blocks):
+            windows[index] = None
 
         self.patch_embed = PatchEmbed(in_channels, patch_size, self.embed_dims)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dims))
-        self.positions = SinCosPositions(self.embed_dims, base_grid=self.grid)
+        pretrain_grid = grid_of(to_pair(pretrain_img_size or img_size), patch_size)
+        self.positions = SinCosPositions(self.embed_dims, base_grid=pretrain_grid)
         self.blocks = nn.ModuleList(
             Block(
                 self.embed_dims,
@@ -123,10 +151,14 @@ class CAEViT(PretrainedModule):
                 mlp_ratio=mlp_ratio,
                 drop_path=rate,
                 layer_scale=arch['layer_scale'],
+                bias_grid=self.bias_grid,
+                window_size=window,
             )
-            for rate in linear_drop_path(drop_path_rate, self.depth)
+            for rate, window in zip(
+                linear_drop_path(drop_path_rate, self.depth), windows, strict=True
+            )
         )
-        self.norm = nn.LayerNorm(self.embed_dims, eps=1e-6)
+        self.norm = nn.LayerNorm(self.embed_dims, eps=1e-6) if final_norm else nn.Identity()
         self._freeze_stages()
 
     def init_default_weights(self) -> None:
@@ -139,35 +171,78 @@ class CAEViT(PretrainedModule):
         """Encode the class token and the patches ``ids``; other patches are not looked at.
 
         Args:
-            images: Normalised images, shape (B, C, H, W).
+            images: Normalised images, shape (B, C, H, W), H and W multiples of the patch size.
             ids: Indices of K patches of each image, shape (B, K), or None for all N patches.
 
         Returns:
             Tensor with shape (B, 1 + K, D) after the final norm, class token first.
+
+        Raises:
+            ValueError: If ``ids`` are given to a model with relative position bias or windows.
         """
-        x = self._embed(images, ids)
+        if ids is not None and (self.bias_grid or self.window_size):
+            raise ValueError(
+                'pretraining sees some patches only and has no relative position bias and no '
+                'windows: leave out use_rel_pos_bias and window_size'
+            )
+        grid = grid_of((images.shape[-2], images.shape[-1]), self.patch_size)
+        x = self._embed(images, grid, ids)
         for block in self.blocks:
-            x = self._run(block, x)
+            x = self._run(block, x, grid)
         return self.norm(x)  # [B, 1+K, D]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs of the blocks ``out_indices`` in the form ``out_type``.
 
         Args:
-            images: Normalised images of any size that is a multiple of the patch size,
-                shape (B, C, H, W).
+            images: Normalised images of any size, shape (B, C, H, W). Where the patch size does
+                not divide it, zeros (the mean colour) are added at the right and the bottom.
 
         Returns:
             One tensor per index; the final norm is applied to the last block's output only.
         """
-        grid = grid_of((images.shape[-2], images.shape[-1]), self.patch_size)
-        x = self._embed(images)
+        H, W = images.shape[-2:]
+        p = self.patch_size
+        if H % p or W % p:
+            images = F.pad(images, (0, -W % p, 0, -H % p))
+        grid = grid_of((images.shape[-2], images.shape[-1]), p)
+        x = self._embed(images, grid)
         outs = []
         for i, block in enumerate(self.blocks):
-            x = self._run(block, x)
+            x = self._run(block, x, grid)
             if i in self.out_indices:
-                outs.append(self._format(self.norm(x) if i == self.depth - 1 else x, grid))
+                outs.append(self._format(x, grid, last=i == self.depth - 1))
         return tuple(outs)
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """Make the weights of another ``CAEViT`` fit the options of this one.
+
+        Args:
+            state: Weights of an encoder, without prefix; left as it is.
+
+        Returns:
+            The weights with the final norm left out where this model has none, and with relative
+            position tables for this model's grid: resized bicubically, or zero where there are
+            none. And one remark for each of these changes.
+        """
+        state, remarks = dict(state), []
+        if isinstance(self.norm, nn.Identity):
+            dropped = [
+                key for key in ('norm.weight', 'norm.bias') if state.pop(key, None) is not None
+            ]
+            if dropped:
+                remarks.append('the final norm is left out: final_norm=False')
+        tables = {k: v for k, v in self.state_dict().items() if k.endswith(BIAS_TABLE)}
+        missing = [key for key in tables if key not in state]
+        if missing:
+            state |= {key: torch.zeros_like(tables[key]) for key in missing}
+            remarks.append(f'{len(missing)} relative position tables start from zero')
+        resized = [key for key, table in tables.items() if len(state[key]) != len(table)]
+        for key in resized:
+            state[key] = self._resize_table(key, state[key])
+        if resized:
+            remarks.append(f'{len(resized)} relative position tables are resized bicubically')
+        return state, remarks
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Return a parameter's layer for layer-wise learning rate decay, and the number of layers.
@@ -193,8 +268,7 @@ class CAEViT(PretrainedModule):
         self._freeze_stages()
         return self
 
-    def _embed(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
-        grid = grid_of((images.shape[-2], images.shape[-1]), self.patch_size)
+    def _embed(self, images: Tensor, grid: Grid, ids: Tensor | None = None) -> Tensor:
         patches = patchify(images, self.patch_size)  # [B, N, C*p*p]
         positions = self.positions(grid, images.device).to(self.cls_token.dtype)[None]  # [1, N, D]
         if ids is not None:
@@ -204,19 +278,31 @@ class CAEViT(PretrainedModule):
         # the class token's position is zero in the official code: nothing to add
         return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # [B, 1+K, D]
 
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, grid: Grid) -> Tensor:
         if self.with_cp and self.training and x.requires_grad:
-            return torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
-        return block(x)
+            return torch.utils.checkpoint.checkpoint(block, x, grid, use_reentrant=False)
+        return block(x, grid)
 
-    def _format(self, x: Tensor, grid: Grid) -> Tensor:
+    def _format(self, x: Tensor, grid: Grid, last: bool) -> Tensor:
+        norm = self.norm if last else nn.Identity()
         if self.out_type == 'raw':
-            return x
+            return norm(x)
         if self.out_type == 'cls_token':
-            return x[:, 0]
+            return norm(x[:, 0])
         if self.out_type == 'avg_featmap':
-            return x[:, 1:].mean(1)
-        return x[:, 1:].transpose(1, 2).unflatten(-1, grid)  # [B, D, h, w]
+            return norm(x[:, 1:].mean(1))
+        return norm(x[:, 1:]).transpose(1, 2).unflatten(-1, grid)  # [B, D, h, w]
+
+    def _resize_table(self, key: str, table: Tensor) -> Tensor:
+        """Resize a relative position table, made for a square grid, to this model's grid."""
+        assert self.bias_grid is not None
+        side = (math.isqrt(max(len(table) - 3, 0)) + 1) // 2
+        if len(table) != num_relative_positions((side, side)):
+            raise ValueError(
+                f'{key} has {len(table)} entries, which is no relative position table of a square '
+                'grid: set img_size to the size that it was trained with'
+            )
+        return resize_bias_table(table, (side, side), self.bias_grid)
 
     def _freeze_stages(self) -> None:
         if self.frozen_stages < 0:

@@ -119,11 +119,19 @@ def test_positions_cached_without_autograd_serve_training():
     assert all(param.grad is not None for param in vit.parameters())
 
 
-def test_images_must_consist_of_patches():
+def test_encode_needs_whole_patches():
     message = '30x48 pixels cannot be cut into patches of 8x8: .* to 32x48'
-    for call in (build(), build().encode):
-        with pytest.raises(ValueError, match=message):
-            call(images_of(30, 48))
+    with pytest.raises(ValueError, match=message):
+        build().encode(images_of(30, 48))
+
+
+def test_forward_pads_to_whole_patches_at_the_right_and_the_bottom():
+    vit = build(out_type='featmap')
+    images = images_of(30, 43)
+    [padded] = vit(torch.nn.functional.pad(images, (0, 5, 0, 2)))
+    [out] = vit(images)
+    assert out.shape == (2, 16, 4, 6)
+    equal(out, padded)
 
 
 # what it returns
@@ -137,7 +145,9 @@ def test_out_types_are_views_of_the_same_tokens():
     raw = outs['raw']
     assert raw.shape == (2, 1 + 24, 16)
     equal(outs['cls_token'], raw[:, 0])
-    equal(outs['avg_featmap'], raw[:, 1:].mean(1))
+    vit = build(out_type='raw', final_norm=False)
+    [tokens] = vit(images)  # before the final norm
+    equal(outs['avg_featmap'], build().norm(tokens[:, 1:].mean(1)))
     assert outs['featmap'].shape == (2, 16, 4, 6)
     for row in range(4):
         for column in range(6):
