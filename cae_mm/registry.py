@@ -9,6 +9,7 @@ from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
+from mmengine.registry import OPTIMIZERS as MMENGINE_OPTIMIZERS
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
@@ -16,19 +17,21 @@ __all__ = [
     'FUNCTIONS',
     'HOOKS',
     'MODELS',
+    'OPTIMIZERS',
     'OPTIM_WRAPPERS',
     'OPTIM_WRAPPER_CONSTRUCTORS',
     'TRANSFORMS',
 ]
 
 
-def _child(parent: Registry, location: str) -> Registry:
-    return Registry(parent.name, parent=parent, scope='cae_mm', locations=[location])
+def _child(parent: Registry, *locations: str) -> Registry:
+    return Registry(parent.name, parent=parent, scope='cae_mm', locations=list(locations))
 
 
 FUNCTIONS = _child(MMENGINE_FUNCTIONS, 'cae_mm.engine')
-HOOKS = _child(MMENGINE_HOOKS, 'cae_mm.engine')
+HOOKS = _child(MMENGINE_HOOKS, 'cae_mm.engine', 'cae_mm.evaluation')
 MODELS = _child(MMENGINE_MODELS, 'cae_mm.models')
+OPTIMIZERS = _child(MMENGINE_OPTIMIZERS, 'cae_mm.engine')
 OPTIM_WRAPPERS = _child(MMENGINE_OPTIM_WRAPPERS, 'cae_mm.engine')
 OPTIM_WRAPPER_CONSTRUCTORS = _child(MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS, 'cae_mm.engine')
 TRANSFORMS = _child(MMENGINE_TRANSFORMS, 'cae_mm.datasets')

@@ -7,12 +7,13 @@ from cae_mm.engine.hooks import (
     ProgressBarHook,
     ThroughputHook,
 )
-from cae_mm.engine.optim import BF16OptimWrapper, LayerDecayOptimWrapperConstructor
+from cae_mm.engine.optim import LARS, BF16OptimWrapper, LayerDecayOptimWrapperConstructor
 
 __all__ = [
     'BF16OptimWrapper',
     'EpochSeedHook',
     'GumbelTemperatureHook',
+    'LARS',
     'LayerDecayOptimWrapperConstructor',
     'NonFiniteLossHook',
     'ProgressBarHook',

@@ -1,4 +1,4 @@
-"""Parameter groups as in the official code, and bfloat16 on CPU and GPU."""
+"""Parameter groups as in the official code, LARS, and bfloat16 on CPU and GPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,11 +9,11 @@ from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
-from mmengine.registry import OPTIMIZERS
+from mmengine.registry import OPTIMIZERS as MMENGINE_OPTIMIZERS
 from mmengine.runner.amp import autocast
 from torch import Tensor, nn
 
-from cae_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from cae_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 
 # beside 1-D parameters: class token and positions (official ``no_weight_decay``), relative
 # position tables (official ``modeling_finetune.py``)
@@ -68,7 +68,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         model = wrapper.module if is_model_wrapper(wrapper) else model
         optimizer_cfg = self.optimizer_cfg.copy()
         optimizer_cfg['params'] = self._param_groups(model)
-        optimizer = OPTIMIZERS.build(optimizer_cfg)
+        optimizer = MMENGINE_OPTIMIZERS.build(optimizer_cfg)
         wrapper_cfg = dict(type='OptimWrapper') | self.optim_wrapper_cfg
         return MMENGINE_OPTIM_WRAPPERS.build(wrapper_cfg, default_args=dict(optimizer=optimizer))
 
@@ -95,6 +95,71 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def _lr_scale(self, model: nn.Module, name: str) -> float:
         if self.layer_decay_rate == 1.0:
             return 1.0
-        backbone: Any = model.backbone
+        backbone: Any = getattr(model, 'backbone', None)
+        if not hasattr(backbone, 'get_layer_depth'):
+            raise ValueError(
+                f'layer_decay_rate={self.layer_decay_rate} needs a model whose backbone has '
+                f'get_layer_depth(name, prefix): {type(model).__name__} with '
+                f'{type(backbone).__name__} has none'
+            )
         layer, num_layers = backbone.get_layer_depth(name, 'backbone.')
         return self.layer_decay_rate ** (num_layers - 1 - layer)
+
+
+@OPTIMIZERS.register_module()
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum, the step of each tensor in proportion to its own norm.
+
+    As in MAE and the official linear probe (``util/lars.py``; arXiv 1708.03888): 1-D parameters
+    have neither weight decay nor scaling, and momentum gathers gradients, not steps. mmpretrain's
+    ``LARS`` gathers steps and reads each norm back from the device.
+
+    Args:
+        params: Parameters or groups of them.
+        lr: Learning rate.
+        weight_decay: L2 penalty of tensors with two dimensions or more.
+        momentum: Share of the last step's direction that is kept.
+        trust_coefficient: Norm of a step, before the learning rate, over that of the tensor.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        trust_coefficient: float = 0.001,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            trust_coefficient=trust_coefficient,
+        )
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group['params']:
+                if param.grad is not None:
+                    self._update(param, group)
+        return loss
+
+    def _update(self, param: Tensor, group: dict[str, Any]) -> None:
+        step: Tensor = param.grad  # type: ignore[assignment]  # the caller has looked
+        if param.ndim > 1:
+            step = step + group['weight_decay'] * param
+            norm, step_norm = param.norm(), step.norm()
+            trust = group['trust_coefficient'] * norm / step_norm
+            step = step * torch.where((norm > 0) & (step_norm > 0), trust, 1.0)
+        state = self.state[param]
+        if 'momentum_buffer' not in state:
+            state['momentum_buffer'] = torch.zeros_like(param)
+        buffer = state['momentum_buffer'].mul_(group['momentum']).add_(step)
+        param.add_(buffer, alpha=-group['lr'])

@@ -1,13 +1,16 @@
-"""Models: the method (cae), its parts (vit, neck, head) and its targets."""
+"""Models: the method (cae), its parts (vit, neck, head, targets), probes and feature pyramid."""
 
 from cae_mm.models.cae import CAE
 from cae_mm.models.data_preprocessor import CAEDataPreprocessor
+from cae_mm.models.feature_pyramid import ViTFeaturePyramid
 from cae_mm.models.head import CAEPretrainHead
 from cae_mm.models.neck import CAENeck
+from cae_mm.models.probe import AttentiveProbeHead, LinearProbeHead
 from cae_mm.models.targets import DALLEDecoder, DALLEEncoder, DiscreteVAE, RGBTarget
 from cae_mm.models.vit import CAEViT
 
 __all__ = [
+    'AttentiveProbeHead',
     'CAE',
     'CAEDataPreprocessor',
     'CAENeck',
@@ -16,5 +19,7 @@ __all__ = [
     'DALLEDecoder',
     'DALLEEncoder',
     'DiscreteVAE',
+    'LinearProbeHead',
     'RGBTarget',
+    'ViTFeaturePyramid',
 ]

@@ -1,0 +1,78 @@
+"""Heads that judge a frozen encoder, for ``mmpretrain.ImageClassifier``.
+
+References:
+    Paper, section 4 "Linear Probing", "Attentive Probing": https://arxiv.org/abs/2202.03026
+    Official code: https://github.com/Atten4Vis/CAE/blob/master/models/modeling_finetune.py
+"""
+
+from typing import Any
+
+import torch
+from mmpretrain.models.heads import LinearClsHead
+from torch import Tensor, nn
+
+from cae_mm.models.layers import CrossAttention, init_linear_and_norm
+from cae_mm.registry import MODELS
+
+INIT = dict(type='TruncNormal', layer='Linear', std=0.01)  # MAE's, which the official probe takes
+
+
+@MODELS.register_module()
+class LinearProbeHead(LinearClsHead):
+    """BatchNorm without affine parameters, then a linear layer.
+
+    In training it normalises with the statistics of the batch, in evaluation with their running
+    means, so that no image's prediction depends on the others of its batch.
+
+    Args:
+        num_classes: Number of classes.
+        in_channels: Width D of the features.
+        options: ``loss``, ``topk``, ``cal_acc``, as mmpretrain's ``ClsHead``.
+    """
+
+    def __init__(self, *, num_classes: int, in_channels: int, **options: Any) -> None:
+        super().__init__(num_classes, in_channels, **(dict(init_cfg=INIT) | options))
+        self.norm = nn.BatchNorm1d(in_channels, affine=False, eps=1e-6)
+
+    def pre_logits(self, feats: tuple[Tensor, ...]) -> Tensor:
+        """Normalise the last of ``feats``, shape (B, D), in float32 at least."""
+        feature = feats[-1]
+        return self.norm(feature.to(torch.promote_types(feature.dtype, torch.float32)))
+
+
+@MODELS.register_module()
+class AttentiveProbeHead(LinearProbeHead):
+    """A learned query attends to the patches; BatchNorm and a linear layer follow.
+
+    One cross-attention without MLP and without skip connection. Keys and values are the patches'
+    outputs, as in the paper; the official code gives the class token's among them. And it
+    evaluates with statistics of the test batch, here they are those of training.
+
+    Args:
+        num_classes: Number of classes.
+        in_channels: Width D of the features.
+        num_heads: Heads of the cross-attention; official: those of the encoder.
+        options: As ``LinearProbeHead``.
+    """
+
+    def __init__(
+        self, *, num_classes: int, in_channels: int, num_heads: int, **options: Any
+    ) -> None:
+        super().__init__(num_classes=num_classes, in_channels=in_channels, **options)
+        self.query_token = nn.Parameter(torch.zeros(1, 1, in_channels))
+        self.norm_q = nn.LayerNorm(in_channels, eps=1e-6)
+        self.norm_k = nn.LayerNorm(in_channels, eps=1e-6)
+        self.norm_v = nn.LayerNorm(in_channels, eps=1e-6)
+        self.attn = CrossAttention(in_channels, num_heads)
+
+    def init_weights(self) -> None:
+        """Initialise the classifier as the linear probe's, the attention as CAE's."""
+        super().init_weights()
+        self.attn.apply(init_linear_and_norm)
+
+    def pre_logits(self, feats: tuple[Tensor, ...]) -> Tensor:
+        """Pool the last of ``feats``, tokens (B, 1 + N, D) with the class token first."""
+        patches = feats[-1][:, 1:]  # [B, N, D]
+        query = self.norm_q(self.query_token).expand(len(patches), -1, -1)  # [B, 1, D]
+        pooled = self.attn(query, self.norm_k(patches), self.norm_v(patches))  # [B, 1, D]
+        return super().pre_logits((pooled[:, 0],))
