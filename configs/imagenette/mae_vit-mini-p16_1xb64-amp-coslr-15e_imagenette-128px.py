@@ -4,7 +4,7 @@ Its own are the mask (75 %), the decoder, normalised pixels as targets (arXiv 21
 betas; layer scale and patch embedding are those of mmpretrain's VisionTransformer.
 """
 
-_base_ = './cae-dvae_vit-mini-p16_1xb64-amp-coslr-30e_imagenette-128px.py'
+_base_ = './cae-dvae_vit-mini-p16_1xb64-amp-coslr-15e_imagenette-128px.py'
 
 model = dict(
     _delete_=True,

@@ -36,8 +36,8 @@ train_dataloader = dict(
     dataset=dict(data_root='data/imagenette128/', data_prefix='train'),
 )
 optim_wrapper = dict(optimizer=dict(lr=lr), accumulative_counts=1)
-_base_.param_scheduler[0].update(start_factor=0.01, end=3)
-_base_.param_scheduler[1].begin = 3
-train_cfg = dict(max_epochs=30)
+_base_.param_scheduler[0].update(start_factor=0.01, end=2)
+_base_.param_scheduler[1].begin = 2
+train_cfg = dict(max_epochs=15)
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=1))
 auto_scale_lr = dict(base_batch_size=batch_size)
