@@ -1,0 +1,167 @@
+"""The encoder that a config describes, and the features that it gives to whole images."""
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from torch import Tensor, nn
+
+from cae_mm.checkpoints import load_pretrained
+from cae_mm.models import CAEDataPreprocessor, CAEViT
+from cae_mm.models.layers import to_pair
+
+FEATURES = ('cls', 'mean')
+RANDOM = 'random'
+
+
+class Encoder:
+    """A backbone with what its config says of its images.
+
+    Args:
+        backbone: A ``CAEViT``, or a backbone of mmpretrain that returns raw tokens or maps.
+        normalizer: Normalises the images; moved to the backbone's device.
+        features: Which features to give: 'cls', the class token after the final norm, or 'mean',
+            the mean over the patch tokens (of a convolutional net: over the map).
+    """
+
+    def __init__(
+        self, backbone: nn.Module, normalizer: CAEDataPreprocessor, features: Sequence[str]
+    ) -> None:
+        self.backbone = backbone
+        self.device = next(backbone.parameters()).device
+        self.normalizer = normalizer.to(self.device)
+        for name in features:
+            if name not in FEATURES:
+                raise ValueError(f"Unknown feature '{name}': choose one of {FEATURES}")
+        self.features = tuple(features)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Give the features of a batch; the backbone must be in eval mode.
+
+        Args:
+            images: uint8 tensor with shape (B, 3, H, W), BGR.
+
+        Returns:
+            float32 tensor with shape (B, F, D), the features in the order of ``features``.
+        """
+        x = self.normalizer({'inputs': images})['inputs'][0]
+        if isinstance(self.backbone, CAEViT):
+            tokens, extra = self.backbone.encode(x), 1
+        else:
+            tokens = self.backbone(x)[-1]
+            extra = getattr(self.backbone, 'num_extra_tokens', 0)
+        return torch.stack([self._pool(tokens, extra, name) for name in self.features], dim=1)
+
+    def _pool(self, x: Tensor, extra: int, feature: str) -> Tensor:
+        name = type(self.backbone).__name__
+        if x.ndim not in (3, 4) or not x.is_floating_point():
+            raise ValueError(
+                f'{name} gives neither tokens nor a map, but {x.dtype} of shape {tuple(x.shape)}: '
+                'use the config of a classifier with this backbone'
+            )
+        if feature == 'cls' and (x.ndim == 4 or not extra):
+            raise ValueError(f"{name} has no class token: use the feature 'mean'")
+        if feature == 'cls':
+            return x[:, 0].float()
+        return (x.flatten(2).mean(2) if x.ndim == 4 else x[:, extra:].mean(1)).float()  # [B, D]
+
+
+def load_encoder(
+    cfg: Config,
+    checkpoint: str | Path,
+    *,
+    features: Sequence[str],
+    prefix: str,
+    seed: int,
+    device: str,
+) -> Encoder:
+    """Build the backbone of a config with the weights of a checkpoint.
+
+    Args:
+        cfg: Config whose model is ``cae_mm.CAE``, or any whose model has a CAEViT as ``backbone``,
+            or that of a classifier with a backbone of mmpretrain.
+        checkpoint: File to load, or 'random' for a new initialisation.
+        features: See ``Encoder``.
+        prefix: Of the backbone's keys in the file.
+        seed: Of the random initialisation.
+        device: Where to put it.
+
+    Raises:
+        ValueError: If the config has no usable backbone, or the weights do not fit it.
+    """
+    backbone = load_backbone(cfg, checkpoint, prefix=prefix, seed=seed)
+    encoder = Encoder(backbone.to(device).eval(), read_normalizer(cfg), features)
+    encoder(torch.zeros(1, 3, *read_size(cfg), dtype=torch.uint8))  # say now what does not fit
+    return encoder
+
+
+def load_backbone(
+    cfg: Config, checkpoint: str | Path, *, prefix: str, seed: int = 0, **changes: Any
+) -> nn.Module:
+    """Build ``model.backbone`` with the weights of a checkpoint instead of its ``init_cfg``.
+
+    Backbones with an ``out_type`` give raw tokens unless ``changes`` says otherwise.
+
+    Args:
+        cfg: The config.
+        checkpoint: File to load, or 'random' for a new initialisation.
+        prefix: Of the backbone's keys in the file.
+        seed: Of the random initialisation.
+        changes: Options of the backbone to replace.
+
+    Raises:
+        ValueError: If the config has no ``model.backbone``, or the weights do not fit it.
+    """
+    options = _backbone_options(cfg)
+    options.pop('init_cfg', None)
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmpretrain')):
+        if 'out_type' in inspect.signature(MODELS.get(options['type'])).parameters:
+            options['out_type'] = 'raw'
+        torch.manual_seed(seed)
+        backbone = MODELS.build(options | changes)
+    if checkpoint == RANDOM:
+        backbone.init_weights()
+    else:
+        load_pretrained(backbone, checkpoint, prefix)
+    return backbone
+
+
+def read_size(cfg: Config) -> tuple[int, int]:
+    """Height and width in pixels that the backbone of a config is made for, default 224."""
+    return to_pair(_backbone_options(cfg).get('img_size', 224))
+
+
+def read_normalizer(cfg: Config) -> CAEDataPreprocessor:
+    """Make what normalises BGR images (view 1 in pretraining) as a config says.
+
+    Raises:
+        ValueError: If the config says nothing of it.
+    """
+    said = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
+    ours = said.get('type') == 'cae_mm.CAEDataPreprocessor'
+    if ours or (not said and cfg.model.type == 'cae_mm.CAE'):
+        names = ('mean', 'std', 'to_rgb')
+        return CAEDataPreprocessor(**{name: said[name] for name in names if name in said})
+    if 'mean' not in said or 'std' not in said:
+        raise ValueError(
+            f'{_name(cfg)} has no data_preprocessor with mean and std: without them features '
+            'would be of images that the encoder was not trained on'
+        )
+    to_rgb = said.get('to_rgb', said.get('bgr_to_rgb', False))  # mmseg and mmdet: bgr_to_rgb
+    return CAEDataPreprocessor(mean=said['mean'], std=said['std'], to_rgb=to_rgb)
+
+
+def _backbone_options(cfg: Config) -> dict[str, Any]:
+    options = cfg.get('model', {}).get('backbone')
+    if options is None:
+        raise ValueError(f'{_name(cfg)} has no model.backbone')
+    return dict(options)
+
+
+def _name(cfg: Config) -> str:
+    return f'the config {cfg.filename}' if cfg.filename else 'the config of this run'

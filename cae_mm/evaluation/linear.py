@@ -1,0 +1,199 @@
+"""Linear classifiers on features: logistic regression, and a sweep of learning rates by SGD.
+
+C and the learning rate are picked on a part of the training features that is held out; the
+validation features have no say.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from tqdm import tqdm
+
+HELD_OUT = 0.2  # share of the training features
+CS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # inverse strength of the regularisation
+MAX_ITER = 1000
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+BATCH_SIZE = 256
+EPS = 1e-6  # as in the BatchNorm of the paper's linear probe
+
+Split = tuple[np.ndarray, np.ndarray]  # features (N, D) float32, class indices (N,)
+
+
+def check_class_sizes(labels: np.ndarray, names: Sequence[str]) -> None:
+    """Raise ValueError if a class is too small for a part of it to be held out."""
+    small = [name for name, n in zip(names, np.bincount(labels), strict=True) if n < 2]
+    if small:
+        raise ValueError(
+            'a part of each class is held out to pick C and learning rate, but these have one '
+            f'training image only: {", ".join(small[:5])}. Add images, or choose --probes knn'
+        )
+
+
+def hold_out(train: Split, seed: int) -> tuple[Split, Split]:
+    """Split off a stratified fifth of the training features, at least one image a class."""
+    features, labels = train
+    size = max(round(HELD_OUT * len(labels)), len(np.unique(labels)))
+    rows, held_out = train_test_split(
+        np.arange(len(labels)), test_size=size, stratify=labels, random_state=seed
+    )
+    return (features[rows], labels[rows]), (features[held_out], labels[held_out])
+
+
+def logistic_regression(
+    train: Split, val: Split, *, seed: int, cs: Sequence[float] = CS
+) -> dict[str, Any]:
+    """Fit scikit-learn's logistic regression on standardised features.
+
+    Args:
+        train: Features and labels; every C is tried on a held-out part of them, the best one is
+            then fitted to all.
+        val: Features and labels to report on.
+        seed: Of the held-out part.
+        cs: Values of C to try; of equally good ones the first is taken.
+
+    Returns:
+        ``C``, the ``accuracy`` on ``val``, ``held_out`` accuracies by C, and ``not_converged``,
+        the values of C whose fit stopped at ``MAX_ITER`` iterations.
+    """
+    part, held_out = hold_out(train, seed)
+    not_converged: list[float] = []
+
+    def score(C: float, fit_to: Split, judge_on: Split) -> float:
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=MAX_ITER))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always', ConvergenceWarning)
+            model.fit(*fit_to)
+        if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
+            not_converged.append(C)
+        return float(model.score(*judge_on))
+
+    bar = tqdm(cs, desc='logistic regression', unit=' C', leave=False)
+    accuracies = {C: score(C, part, held_out) for C in bar}
+    best = max(accuracies, key=accuracies.__getitem__)
+    return {
+        'C': best,
+        'accuracy': score(best, train, val),
+        'held_out': accuracies,
+        'not_converged': sorted(set(not_converged)),
+    }
+
+
+def linear_sweep(
+    train: Split,
+    val: Split,
+    *,
+    seed: int,
+    device: torch.device,
+    epochs: int,
+    lrs: Sequence[float] = LEARNING_RATES,
+) -> dict[str, Any]:
+    """Linear probe with the learning rate picked on held-out training features.
+
+    Two sweeps: one that leaves out the held-out part and picks, one on all of ``train``.
+
+    Args:
+        train: Features and labels.
+        val: Features and labels to report on.
+        seed: Of the held-out part, the initial weights and the order of images.
+        device: Where to train.
+        epochs: Passes over the training features.
+        lrs: Learning rates at batch size 256; of equally good ones the first is taken.
+
+    Returns:
+        The picked ``lr``, its ``accuracy`` on ``val``, and ``held_out`` and ``val`` accuracies by
+        learning rate.
+    """
+    num_classes = int(train[1].max()) + 1
+
+    def sweep(fit_to: Split, judge_on: Split) -> dict[float, float]:
+        x, y, x_judge, y_judge = (
+            torch.as_tensor(array, device=device) for array in (*fit_to, *judge_on)
+        )
+        mean, std = x.mean(0), (x.var(0, unbiased=False) + EPS).sqrt()
+        model = train_sweep((x - mean) / std, y, num_classes, lrs, seed=seed, epochs=epochs)
+        right = model((x_judge - mean) / std).argmax(-1) == y_judge[:, None]  # [M, L]
+        return dict(zip(lrs, right.double().mean(0).tolist(), strict=True))
+
+    held_out_accuracies = sweep(*hold_out(train, seed))
+    val_accuracies = sweep(train, val)
+    best = max(lrs, key=held_out_accuracies.__getitem__)
+    return {
+        'lr': best,
+        'accuracy': val_accuracies[best],
+        'held_out': held_out_accuracies,
+        'val': val_accuracies,
+    }
+
+
+class LinearClassifiers(nn.Module):
+    """L linear classifiers side by side, all with the same initial weights.
+
+    Args:
+        weight: Initial weights, shape (C, D); biases start at zero.
+        count: Number of classifiers L.
+    """
+
+    def __init__(self, weight: Tensor, count: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.repeat(count, 1, 1))  # [L, C, D]
+        self.bias = nn.Parameter(weight.new_zeros(self.weight.shape[:2]))  # [L, C]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of ``x``, shape (B, D), with shape (B, L, C)."""
+        logits = F.linear(x, self.weight.flatten(0, 1), self.bias.flatten())  # [B, L*C]
+        return logits.unflatten(1, self.bias.shape)
+
+
+@torch.enable_grad()
+def train_sweep(
+    x: Tensor,
+    y: Tensor,
+    num_classes: int,
+    lrs: Sequence[float],
+    *,
+    seed: int,
+    epochs: int,
+) -> LinearClassifiers:
+    """Train one linear classifier per learning rate, all on the same batches.
+
+    SGD with momentum 0.9, no weight decay, cosine to 0 over all steps, weights from a normal
+    distribution of standard deviation 0.01. The paper's linear probe takes LARS with batch 16384;
+    on features of a few thousand images that would be no batch at all.
+
+    Args:
+        x: Standardised features with shape (N, D).
+        y: Class indices with shape (N,).
+        num_classes: Number of classes C.
+        lrs: L learning rates.
+        seed: Of initial weights and order.
+        epochs: Passes over the features.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weight = 0.01 * torch.randn(num_classes, x.shape[1], generator=generator)
+    model = LinearClassifiers(weight.to(x.device), len(lrs))
+    rates = torch.tensor(lrs, device=x.device)
+    # a loss weighted by r moves its own weights, under SGD with lr 1, as lr r moves them unweighted
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    scheduler = CosineAnnealingLR(optimizer, T_max=epochs * -(-len(x) // BATCH_SIZE))
+    for _ in tqdm(range(epochs), desc='linear probe', unit=' epochs', leave=False):
+        order = torch.randperm(len(x), generator=generator).to(x.device)
+        for rows in order.split(BATCH_SIZE):
+            logits = model(x[rows]).transpose(1, 2)  # [B, C, L]
+            targets = y[rows, None].expand(-1, len(lrs))  # [B, L]
+            losses = F.cross_entropy(logits, targets, reduction='none').mean(0)  # [L]
+            optimizer.zero_grad()
+            (losses * rates).sum().backward()
+            optimizer.step()
+            scheduler.step()
+    return model.requires_grad_(False)
