@@ -1,10 +1,12 @@
 """Evaluate a checkpoint of a probe, of fine-tuning or of a downstream model.
 
 python tools/test.py CONFIG CHECKPOINT [--out metrics.json] [--dump predictions.pkl]
+    [--show-dir PICTURES]
 torchrun --nproc-per-node 8 tools/test.py CONFIG CHECKPOINT --launcher pytorch
 """
 
 import argparse
+from pathlib import Path
 
 import mmengine
 from mmengine.config import Config
@@ -39,10 +41,26 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         evaluators = [evaluators] if isinstance(evaluators, dict) else evaluators
         cfg.test_evaluator = [*evaluators, dict(type='DumpResults', out_file_path=args.dump)]
     if args.show_dir:
-        hooks = cfg.default_hooks
-        hooks.setdefault('visualization', dict(type='VisualizationHook'))
-        hooks.visualization.update(enable=True, out_dir=args.show_dir)
+        paint_into(args.show_dir, cfg)
     return cfg
+
+
+def paint_into(folder: str, cfg: Config) -> None:
+    """Switch on the hook that paints predictions, each package's in its own way."""
+    # mmdet puts a relative folder below the work directory, and below itself with each image
+    folder = str(Path(folder).absolute())
+    hooks = {
+        'mmpretrain': dict(type='VisualizationHook', enable=True, interval=1, out_dir=folder),
+        'mmseg': dict(type='SegVisualizationHook', draw=True),
+        'mmdet': dict(type='DetVisualizationHook', draw=True, test_out_dir=folder),
+    }
+    scope = cfg.get('default_scope')
+    if scope not in hooks:
+        raise ValueError(f'--show-dir: default_scope must be one of {[*hooks]}, not {scope!r}')
+    shown = cfg.default_hooks.get('visualization', {})
+    cfg.default_hooks.visualization = dict(shown, **hooks[scope])
+    if scope == 'mmseg':  # its hook leaves pictures to the visualizer
+        cfg.visualizer.vis_backends = [dict(type='LocalVisBackend', img_save_dir=folder)]
 
 
 def main() -> None:
