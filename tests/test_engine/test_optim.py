@@ -4,7 +4,7 @@ from builders import build_cae, make_batch
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 
-from cae_mm.engine import BF16OptimWrapper
+from cae_mm.engine import LARS, BF16OptimWrapper
 
 
 def build(model, paramwise_cfg=None, **changes):
@@ -116,3 +116,97 @@ def test_accumulation_equals_one_large_batch():
         steps.append(model.state_dict())
     for name, value in steps[0].items():
         torch.testing.assert_close(steps[1][name], value)
+
+
+class Maps(nn.Linear):
+    """Return a tuple, as backbones do."""
+
+    def forward(self, x):
+        return (super().forward(x),)
+
+
+class Parts(nn.Module):
+    """A backbone and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = Maps(2, 2)
+        self.head = nn.Linear(2, 2)
+
+    def forward(self, x):
+        (y,) = self.backbone(x)
+        return y, self.head(y)
+
+
+def test_bfloat16_in_parts_of_the_model():
+    model, x = Parts(), torch.tensor([[1.0, 0.3]])
+    wrapper = build(model, modules=['backbone'])
+    with wrapper.optim_context(model):
+        inner, outer = model(x)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        (expected,) = model.backbone(x)
+    assert inner.dtype == outer.dtype == torch.float32
+    assert torch.equal(inner, expected.float())
+    assert torch.equal(outer, model.head(inner))
+    inner.sum().backward()
+    assert model.backbone.weight.grad.dtype == torch.float32
+    assert not torch.equal(model(x)[0], inner)  # nothing stays behind
+
+
+def test_bfloat16_in_parts_ends_with_a_failing_part():
+    model = Parts()
+    wrapper = build(model, modules=['backbone'])
+    with pytest.raises(RuntimeError, match='shapes'), wrapper.optim_context(model):
+        model(torch.zeros(1, 3))
+    assert not torch.is_autocast_enabled('cpu')
+    assert model(torch.zeros(1, 2))[0].dtype == torch.float32
+
+
+def test_layer_decay_needs_a_backbone_that_tells_its_layers():
+    model = nn.Module()
+    model.backbone = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r'get_layer_depth.*: Module with Linear has none'):
+        build(model, dict(layer_decay_rate=0.5))
+
+
+def test_lars_against_loops():
+    """The update of MAE's linear probe: momentum gathers gradients, 1-D tensors are left alone."""
+    torch.manual_seed(0)
+    weight, bias, zero = torch.randn(3, 4), torch.randn(4), torch.zeros(2, 2)
+    params = [nn.Parameter(x.clone()) for x in (weight, bias, zero)]
+    optimizer = LARS(params, lr=0.5, weight_decay=0.1, momentum=0.9)
+    expected, momenta = [weight, bias, zero], [0.0, 0.0, 0.0]
+    for step in range(3):
+        optimizer.param_groups[0]['lr'] = lr = 0.5 / (step + 1)  # a schedule
+        for i, param in enumerate(params):
+            param.grad = torch.randn_like(param)
+            p, direction = expected[i], param.grad.clone()
+            if i != 1:
+                direction += 0.1 * p
+            if i == 0 or (i == 2 and step > 0):  # no scaling while the tensor is zero
+                direction *= 0.001 * p.norm() / direction.norm()
+            momenta[i] = 0.9 * momenta[i] + direction
+            expected[i] = p - lr * momenta[i]
+        optimizer.step()
+    for param, value in zip(params, expected, strict=True):
+        torch.testing.assert_close(param.detach(), value)
+
+
+def test_lars_skips_frozen_parameters_and_resumes_exactly():
+    def run(steps, state=None, start=0):
+        torch.manual_seed(0)
+        layer, frozen = nn.Linear(3, 2), nn.Linear(2, 2).requires_grad_(False)
+        optimizer = LARS([*layer.parameters(), *frozen.parameters()], lr=0.1)
+        if state:
+            layer.load_state_dict(state[0])
+            optimizer.load_state_dict(state[1])
+        for step in range(start, steps):
+            layer.zero_grad()
+            layer(torch.full((1, 3), step + 1.0)).square().sum().backward()
+            optimizer.step()
+        return layer.state_dict(), optimizer.state_dict()
+
+    whole, _ = run(4)
+    resumed, state = run(4, run(2), start=2)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert len(state['state']) == 2  # weight and bias, nothing of the frozen layer
