@@ -147,9 +147,7 @@ def main() -> None:
     labels = {split: np.array(images[split].targets) for split in SPLITS}
     results = {}
     for i, name in enumerate(names):
-        train, val = (
-            (np.ascontiguousarray(features[split][:, i]), labels[split]) for split in SPLITS
-        )
+        train, val = ((np.array(features[split][:, i]), labels[split]) for split in SPLITS)
         results[name] = run_probes(train, val, args)
     report = {
         'config': args.config,

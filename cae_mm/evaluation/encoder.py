@@ -1,12 +1,12 @@
 """The encoder that a config describes, and the features that it gives to whole images."""
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
@@ -94,8 +94,12 @@ def load_encoder(
     Raises:
         ValueError: If the config has no usable backbone, or the weights do not fit it.
     """
-    backbone = load_backbone(cfg, checkpoint, prefix=prefix, seed=seed)
-    encoder = Encoder(backbone.to(device).eval(), read_normalizer(cfg), features)
+    backbone: Any = load_backbone(cfg, checkpoint, prefix=prefix, seed=seed)
+    if hasattr(backbone, 'out_type'):  # of mmpretrain's transformers
+        backbone.out_type = 'raw'
+    backbone.to(device)
+    backbone.eval()  # a statement of its own, since mmpretrain's transformers return None
+    encoder = Encoder(backbone, read_normalizer(cfg), features)
     encoder(torch.zeros(1, 3, *read_size(cfg), dtype=torch.uint8))  # say now what does not fit
     return encoder
 
@@ -104,8 +108,6 @@ def load_backbone(
     cfg: Config, checkpoint: str | Path, *, prefix: str, seed: int = 0, **changes: Any
 ) -> nn.Module:
     """Build ``model.backbone`` with the weights of a checkpoint instead of its ``init_cfg``.
-
-    Backbones with an ``out_type`` give raw tokens unless ``changes`` says otherwise.
 
     Args:
         cfg: The config.
@@ -120,12 +122,14 @@ def load_backbone(
     options = _backbone_options(cfg)
     options.pop('init_cfg', None)
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmpretrain')):
-        if 'out_type' in inspect.signature(MODELS.get(options['type'])).parameters:
-            options['out_type'] = 'raw'
         torch.manual_seed(seed)
         backbone = MODELS.build(options | changes)
     if checkpoint == RANDOM:
+        logger = MMLogger.get_current_instance()
+        level = logger.level
+        logger.setLevel('WARNING')  # mmengine reports four lines for each parameter
         backbone.init_weights()
+        logger.setLevel(level)
     else:
         load_pretrained(backbone, checkpoint, prefix)
     return backbone

@@ -1,0 +1,129 @@
+import pytest
+import torch
+from builders import build_cae, cae_config
+from mmengine.config import Config
+
+from cae_mm.evaluation import load_backbone, load_encoder
+from cae_mm.evaluation.encoder import read_normalizer, read_size
+
+VIT = dict(
+    type='mmpretrain.VisionTransformer',
+    arch=dict(embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=32),
+    img_size=16,
+    patch_size=4,
+    out_type='avg_featmap',
+)
+RESNET = dict(type='ResNet', depth=18, stem_channels=8, base_channels=8, out_indices=[3])
+NORMALIZATION = dict(mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0], to_rgb=True)
+
+
+@pytest.fixture
+def images():
+    return torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)
+
+
+def load(cfg, checkpoint='random', features=('cls', 'mean'), prefix='backbone.', seed=0):
+    return load_encoder(cfg, checkpoint, features=features, prefix=prefix, seed=seed, device='cpu')
+
+
+def classifier(backbone):
+    model = dict(type='ImageClassifier', backbone=backbone)
+    return Config(dict(model=model, data_preprocessor=NORMALIZATION, default_scope='mmpretrain'))
+
+
+def test_features_of_cae(tmp_path, images):
+    model = build_cae().eval()
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'epoch_1.pth')
+    # neither what the config says of outputs nor its init_cfg counts
+    cfg = Config(dict(model=cae_config()))
+    cfg.model.backbone.update(out_type='featmap', init_cfg=dict(type='Pretrained', checkpoint='x'))
+    encoder = load(cfg, tmp_path / 'epoch_1.pth')
+    normal = model.data_preprocessor({'inputs': images})['inputs'][0]
+    with torch.no_grad():
+        tokens = model.backbone.encode(normal)
+    expected = torch.stack([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)
+    torch.testing.assert_close(encoder(images), expected)
+    only_mean = load(cfg, tmp_path / 'epoch_1.pth', features=['mean'])
+    torch.testing.assert_close(only_mean(images), expected[:, 1:])
+
+
+def test_features_of_another_vit(images):
+    cfg = classifier(VIT)
+    encoder = load(cfg)
+    rgb = images.flip(1).float()
+    mean, std = (torch.tensor(NORMALIZATION[key]).view(3, 1, 1) for key in ('mean', 'std'))
+    with torch.no_grad():
+        [tokens] = encoder.backbone((rgb - mean) / std)  # raw, whatever the config says
+    expected = torch.stack([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)
+    torch.testing.assert_close(encoder(images), expected)
+
+
+def test_features_of_a_convolutional_net(images):
+    encoder = load(classifier(RESNET), features=['mean'])
+    assert encoder(images).shape == (3, 1, 64)
+    with pytest.raises(ValueError, match="ResNet has no class token: use the feature 'mean'"):
+        load(classifier(RESNET))
+
+
+def test_random_encoders_are_seeded(images):
+    cfg = Config(dict(model=cae_config()))
+    first, again, other = (load(cfg, seed=seed)(images) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_options_can_be_replaced():
+    cfg = Config(dict(model=cae_config()))
+    backbone = load_backbone(cfg, 'random', prefix='', out_type='cls_token')
+    assert backbone(torch.zeros(1, 3, 16, 16))[0].shape == (1, 16)
+
+
+@pytest.mark.parametrize(
+    ('model', 'top', 'mean', 'to_rgb'),
+    [
+        (cae_config(), {}, 123.675, True),
+        (cae_config(data_preprocessor=dict(type='cae_mm.CAEDataPreprocessor')), {}, 123.675, True),
+        (
+            cae_config(data_preprocessor=dict(type='cae_mm.CAEDataPreprocessor', to_rgb=False)),
+            {},
+            123.675,
+            False,
+        ),
+        (dict(backbone=VIT), dict(data_preprocessor=NORMALIZATION), 1.0, True),
+        (
+            dict(backbone=VIT, data_preprocessor=dict(mean=[7] * 3, std=[1] * 3, bgr_to_rgb=True)),
+            {},
+            7,
+            True,
+        ),
+        (dict(backbone=VIT, data_preprocessor=dict(mean=[7] * 3, std=[1] * 3)), {}, 7, False),
+    ],
+)
+def test_normalisation_is_the_configs(model, top, mean, to_rgb):
+    normalizer = read_normalizer(Config(dict(type='ImageClassifier', model=model, **top)))
+    assert normalizer.means[0].flatten()[0] == pytest.approx(mean)
+    assert normalizer.to_rgb is to_rgb
+
+
+def test_size_is_the_backbones():
+    assert read_size(Config(dict(model=cae_config()))) == (16, 16)
+    assert read_size(classifier(RESNET)) == (224, 224)
+
+
+def test_what_cannot_be_used_is_said():
+    with pytest.raises(ValueError, match='the config of this run has no model.backbone'):
+        load(Config(dict(model=dict(type='cae_mm.DiscreteVAE'))))
+    with pytest.raises(ValueError, match='has no data_preprocessor with mean and std'):
+        load(Config(dict(model=dict(type='ImageClassifier', backbone=VIT))))
+    with pytest.raises(ValueError, match="Unknown feature 'max': choose one of"):
+        load(Config(dict(model=cae_config())), features=['max'])
+    mae = dict(type='mmpretrain.MAEViT', arch='b', img_size=32, patch_size=16)
+    with pytest.raises(ValueError, match='MAEViT gives neither tokens nor a map, but torch.int64'):
+        load(classifier(mae), features=['mean'])
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    torch.save(build_cae().backbone.state_dict(), tmp_path / 'encoder.pth')
+    cfg = Config(dict(model=cae_config()))
+    load(cfg, tmp_path / 'encoder.pth', prefix='')
+    with pytest.raises(ValueError, match="does not fit CAEViT: .* under prefix=''"):
+        load(cfg, tmp_path / 'encoder.pth')

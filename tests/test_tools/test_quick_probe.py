@@ -1,0 +1,131 @@
+"""tools/quick_probe.py as a user runs it, in this process to save the imports."""
+
+import json
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import build_cae, cae_config
+from mmengine.config import Config
+from PIL import Image
+
+from cae_mm.evaluation import linear
+
+TOOL = Path(__file__).parents[2] / 'tools' / 'quick_probe.py'
+spec = spec_from_file_location('quick_probe', TOOL)
+tool = module_from_spec(spec)
+spec.loader.exec_module(tool)
+
+COUNTS = {'train': 10, 'val': 4}
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A folder with a config, a checkpoint, and images of three classes, noise of a brightness."""
+    rng = np.random.default_rng(0)
+    for split, count in COUNTS.items():
+        for name, brightness in (('a', 60), ('b', 150), ('c', 250)):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(brightness, size=(20, 20, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f'{i}.png')
+    Config(dict(model=cae_config())).dump(tmp_path / 'config.py')
+    torch.save(dict(state_dict=build_cae().state_dict()), tmp_path / 'epoch_3.pth')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(linear, 'CS', (1e-2, 1.0))
+    return tmp_path
+
+
+@pytest.fixture
+def probe(work, monkeypatch):
+    """Runs the tool with more options; later ones win."""
+
+    def probe(checkpoint='epoch_3.pth', *options):
+        common = ['--train', 'train', '--val', 'val', '--num-workers', '0', '--device', 'cpu']
+        command = [str(TOOL), 'config.py', checkpoint, *common, '--epochs', '3', *options]
+        monkeypatch.setattr(sys, 'argv', command)
+        tool.main()
+
+    return probe
+
+
+def read_results(folder):
+    return json.loads((folder / 'results.json').read_text())
+
+
+def test_table_and_json(probe, work, capsys):
+    probe('epoch_3.pth', '--out', 'out')
+    report = read_results(work / 'out')
+    assert report['images'] == {'train': 30, 'val': 12}
+    assert report['classes'] == ['a', 'b', 'c'] and report['seed'] == 0
+    assert report['chance'] == report['largest_class'] == pytest.approx(1 / 3)
+    assert report['checkpoint'] == 'epoch_3.pth' and report['config'] == 'config.py'
+    printed = capsys.readouterr().out
+    assert '30 training and 12 validation' in printed.replace('\n', ' ')
+    for feature in ('cls', 'mean'):
+        results = report['results'][feature]
+        assert set(results) == {'knn', 'logreg', 'linear'}
+        assert set(results['knn']) == {'10', '20'}
+        assert set(results['logreg']) == {'C', 'accuracy', 'held_out', 'not_converged'}
+        rates = {str(rate) for rate in linear.LEARNING_RATES}
+        assert set(results['linear']['held_out']) == set(results['linear']['val']) == rates
+        for accuracy in (*results['knn'].values(), results['linear']['accuracy']):
+            assert 0 <= accuracy <= 1 and f'{accuracy:.1%}' in printed
+    assert report['results']['mean']['logreg']['accuracy'] > 0.9  # brightness is easy to see
+
+
+def test_second_run_takes_features_from_the_cache(probe, work, capsys):
+    probe('epoch_3.pth', '--out', 'out')
+    first = read_results(work / 'out')
+    capsys.readouterr()
+    probe('epoch_3.pth', '--out', 'out')
+    assert 'out/train: 30 of 30 images are in the cache' in capsys.readouterr().out
+    assert read_results(work / 'out') == first
+
+
+def test_random_encoder_has_its_own_folder_for_each_seed(probe, work):
+    options = ('--probes', 'knn', '--k', '3', '--feature', 'mean')
+    for seed in ('1', '2'):
+        probe('random', '--seed', seed, *options)
+    arrays = []
+    for seed in (1, 2):
+        folder = work / f'work_dirs/quick_probe/config_random-{seed}'
+        assert set(read_results(folder)['results']['mean']['knn']) == {'3'}
+        arrays.append(np.load(folder / 'train/features.npy'))
+    assert arrays[0].shape == (30, 1, 16) and (arrays[0] != arrays[1]).any()
+
+
+def test_config_options_count(probe, work):
+    with pytest.raises(ValueError, match='of another shape'):
+        probe('epoch_3.pth', '--cfg-options', 'model.backbone.patch_size=8')
+
+
+@pytest.mark.parametrize(
+    ('checkpoint', 'options', 'error', 'message'),
+    [
+        ('epoch_3.pth', ['--train', 'none'], FileNotFoundError, 'none is no labelled folder'),
+        ('epoch_3.pth', ['--val', 'val/a'], FileNotFoundError, 'val/a is no labelled folder'),
+        ('epoch_3.pth', ['--k', '31'], ValueError, 'k = 31 .* but there are 30 training images'),
+        ('none.pth', [], FileNotFoundError, 'no weights for CAEViT at'),
+        ('epoch_3.pth', ['--prefix', 'encoder.'], ValueError, r"prefix='backbone\.'"),
+    ],
+)
+def test_mistakes_are_said_before_any_work(probe, work, checkpoint, options, error, message):
+    with pytest.raises(error, match=message):
+        probe(checkpoint, *options)
+    assert not (work / 'work_dirs').exists()
+
+
+def test_classes_must_be_the_same_and_large_enough(probe, work):
+    (work / 'val/a').rename(work / 'val/z')
+    with pytest.raises(ValueError, match='train and val need the same classes.*: a'):
+        probe()
+    (work / 'val/z').rename(work / 'val/a')
+    for path in list((work / 'train/b').iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(ValueError, match='one training image only: b'):
+        probe()
+    probe('epoch_3.pth', '--probes', 'knn')
