@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from cae_mm.checkpoints.loading import compare_keys, read_plain_pickle
+from cae_mm.checkpoints.files import read_plain_pickle
+from cae_mm.checkpoints.loading import compare_keys
 from cae_mm.models.targets import DALLEDecoder, DALLEEncoder
 
 PUBLISHED = {'n_hid': 256, 'vocab_size': 8192, 'n_init': 128, 'blocks_per_group': 2}
@@ -167,7 +168,7 @@ def convert(source: Path, out_dir: Path) -> None:
             model = {'encoder': DALLEEncoder, 'decoder': DALLEDecoder}[part](**sizes)
     except (ArithmeticError, KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f'{source} holds no DALL-E network: {error!r}') from error
-    problems = compare_keys(model.state_dict(), state)
+    problems = compare_keys(model.state_dict(), state).problems
     if problems:
         raise ValueError(f'{source} is no DALL-E {part}: {"; ".join(problems)}')
 

@@ -1,5 +1,13 @@
-"""Reading weights: strictly, and without ever running code from a file."""
+"""Weights in and out: strictly, and without ever running code from a file."""
 
-from cae_mm.checkpoints.loading import PretrainedModule, load_pretrained, read_state_dict
+from cae_mm.checkpoints.files import read_plain_pickle, read_state_dict
+from cae_mm.checkpoints.hook import SafeLoadHook
+from cae_mm.checkpoints.loading import PretrainedModule, load_pretrained
 
-__all__ = ['PretrainedModule', 'load_pretrained', 'read_state_dict']
+__all__ = [
+    'PretrainedModule',
+    'SafeLoadHook',
+    'load_pretrained',
+    'read_plain_pickle',
+    'read_state_dict',
+]

@@ -1,22 +1,20 @@
-"""Load weights into a module: every key must fit, and no pickle is executed.
+"""Load weights into a module: what does not fit is said, and no pickle is executed.
 
 mmengine's own ``Pretrained`` initialiser loads with ``strict=False`` and falls back to executing
 the pickle; a ``PretrainedModule`` loads through this file instead.
 """
 
-import codecs
-import re
-from collections.abc import Callable
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from mmengine.logging import HistoryBuffer, print_log
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from cae_mm.checkpoints.files import read_metadata, read_state_dict
+from cae_mm.checkpoints.sources import guess_source
 
 MAX_KEYS_SHOWN = 5
 
@@ -51,136 +49,196 @@ class PretrainedModule(BaseModule):
         return 'Give the path of an existing checkpoint'
 
 
-def load_pretrained(module: nn.Module, checkpoint: str | Path, prefix: str = '') -> None:
+def load_pretrained(
+    module: nn.Module, checkpoint: str | Path, prefix: str = '', *, min_matched: float = 1.0
+) -> 'KeyMatch':
     """Load the keys of a checkpoint that start with ``prefix`` into ``module``.
 
+    Where the module, or its ``backbone``, is a ``CAEViT``, its ``adapt_state_dict`` first makes
+    relative position tables and the final norm fit. What was done is logged.
+
     Args:
-        module: Where to load; must have exactly these keys and shapes.
+        module: Where to load.
         checkpoint: A ``.safetensors`` file or a ``.pth`` of mmengine or torch.
         prefix: For example 'backbone.' for the encoder of a pretraining checkpoint.
+        min_matched: 1 means that file and module must have exactly the same keys and shapes. With
+            less the rest of the module stays as it is, as for a classifier with a new head; but
+            this share of the backbone's tensors and of its elements (of the whole module's, if it
+            has no backbone) must be loaded.
+
+    Returns:
+        Which keys were loaded and which were not.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is a URL, or the file holds anything but plain data, or keys or shapes do
-            not fit.
+        ValueError: If it is a URL, or the file holds anything but plain data, or too few keys and
+            shapes fit, or the file was made for another number of heads.
     """
     name = type(module).__name__
-    if '://' in str(checkpoint):
-        raise ValueError(f'{name} loads files only: download {checkpoint} first')
-    path = Path(checkpoint).expanduser()
-    if not path.is_file():
-        explain = getattr(module, 'explain_missing_weights', lambda: '')()
-        raise FileNotFoundError(f'no weights for {name} at {path.absolute()}. {explain}')
+    path = find_file(checkpoint, name, getattr(module, 'explain_missing_weights', lambda: '')())
     everything = read_state_dict(path)
     state = {k.removeprefix(prefix): v for k, v in everything.items() if k.startswith(prefix)}
-    problems = compare_keys(module.state_dict(), state)
-    if problems:
-        hint = _hint_prefix(module.state_dict(), everything, prefix)
-        raise ValueError(f'{path} does not fit {name}: {"; ".join(problems)}{hint}')
-    module.load_state_dict(state)
-    print_log(f'{name}: all {len(state)} tensors loaded from {path}', logger='current')
+    remarks = compare_metadata(module, read_metadata(path), path)
+    state, adapted = adapt_state_dict(module, state)
+    match = compare_keys(module.state_dict(), state)
+    if min_matched < 1:
+        check_share(module, match, min_matched, path, everything, prefix)
+    elif match.problems:
+        hint = explain_mismatch(module.state_dict(), everything, prefix)
+        raise ValueError(f'{path} does not fit {name}: {"; ".join(match.problems)}{hint}')
+    module.load_state_dict({key: state[key] for key in match.matched}, strict=min_matched == 1)
+    log_match(name, path, match, remarks + adapted)
+    return match
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint file without executing its pickle.
-
-    Args:
-        path: A ``.safetensors`` file or a ``.pth``; in the latter a nested ``state_dict`` is used.
-
-    Raises:
-        ValueError: If the file needs code to be run, or holds no state dict.
-    """
-    path = Path(path)
-    if path.suffix == '.safetensors':
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f'{path} is no complete safetensors file: {error}') from error
-    content = read_plain_pickle(path, _MMENGINE_GLOBALS)
-    state = content.get('state_dict', content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f'{path} holds no state dict (a dict of tensors)')
-    return state
-
-
-def read_plain_pickle(path: Path, allowed: list[Any]) -> Any:
-    """Unpickle with torch's restricted unpickler, which refuses every global not allowed.
-
-    Args:
-        path: The file.
-        allowed: Harmless classes and functions that may appear beside tensors.
+def find_file(checkpoint: str | Path, name: str, advice: str = '') -> Path:
+    """Return the path of an existing file, with ``~`` replaced.
 
     Raises:
-        ValueError: If the file refers to anything else; the message names it.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is a URL.
     """
-    before = list(torch.serialization.get_safe_globals())  # torch 2.4 gives the list itself
-    torch.serialization.add_safe_globals(allowed)
-    try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ...
-        reason = f'{path} was refused, nothing in it was executed: {_explain(error)}'
-        raise ValueError(reason) from error
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
+    if '://' in str(checkpoint):
+        raise ValueError(f'{name} loads files only: download {checkpoint} first')
+    path = Path(checkpoint).expanduser().absolute()
+    if not path.is_file():
+        raise FileNotFoundError(f'no weights for {name} at {path}. {advice}')
+    return path
 
 
-def _explain(error: Exception) -> str:
-    """One line out of torch's paragraphs, without their advice to allow what was refused."""
-    name = re.search(r'GLOBAL (\S+)', str(error))
-    if name:
-        return f'it refers to {name[1]}, which is not allowed there'
-    text = str(error).split('WeightsUnpickler error:')[-1].strip()
-    return text.partition('\n')[0] or type(error).__name__
+def adapt_state_dict(
+    module: nn.Module, state: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Let ``CAEViT.adapt_state_dict`` work on the encoder's part of ``state``, if there is one.
+
+    Returns:
+        The state dict to load, and remarks on what was changed.
+    """
+    encoder, prefix = find_encoder(module)
+    inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if encoder is None or not inside:
+        return state, []
+    adapted, remarks = encoder.adapt_state_dict(inside)
+    outside = {k: v for k, v in state.items() if not k.startswith(prefix)}
+    return outside | {f'{prefix}{k}': v for k, v in adapted.items()}, remarks
 
 
-def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """Wrap ``function`` under the name by which files refer to it; torch's list goes by names."""
-
-    def call(*args: Any) -> Any:
-        return function(*args)
-
-    call.__module__, _, call.__name__ = name.rpartition('.')
-    call.__qualname__ = call.__name__
-    return call
+def find_encoder(module: nn.Module) -> tuple[Any, str]:
+    """Return the ``CAEViT`` that ``module`` is or has as backbone (or None), and its prefix."""
+    for encoder, prefix in ((module, ''), (getattr(module, 'backbone', None), 'backbone.')):
+        if hasattr(encoder, 'adapt_state_dict'):
+            return encoder, prefix
+    return None, ''
 
 
-def _history_statistic(owner: Any, name: str) -> str:
-    """Stand for ``getattr(HistoryBuffer, 'mean')``, the only getattr in a Runner's checkpoint."""
-    if owner is not HistoryBuffer:
-        raise ValueError(f'getattr of {owner}')
-    return name
+def compare_metadata(module: nn.Module, metadata: dict[str, Any], path: Path) -> list[str]:
+    """Compare what no shape tells: number of heads and size of pretraining.
 
+    Returns:
+        A remark if the positions are made for another size.
 
-# what mmengine's Runner puts beside the weights: the history of logged numbers, in numpy arrays
-# whose module was renamed in numpy 2
-_RECONSTRUCT: Any = np.zeros(1).__reduce__()[0]
-_SCALAR: Any = np.float64(0).__reduce__()[0]
-_MMENGINE_GLOBALS = [
-    HistoryBuffer,
-    codecs.encode,  # bytes in arrays
-    _named(_history_statistic, 'builtins.getattr'),
-    np.ndarray,
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ('f8', 'f4', 'i8', 'bool')),
-    *(_named(_RECONSTRUCT, f'numpy.{core}.multiarray._reconstruct') for core in ('core', '_core')),
-    *(_named(_SCALAR, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')),
-]
-
-
-def compare_keys(target: dict[str, Tensor], source: dict[str, Tensor]) -> list[str]:
-    """Say which keys of ``target`` are missing from ``source``, not known to it, or reshaped."""
-    reshaped = [
-        f'{key} is {tuple(source[key].shape)} in the file and {tuple(value.shape)} in the model'
-        for key, value in target.items()
-        if key in source and source[key].shape != value.shape
+    Raises:
+        ValueError: If the numbers of heads differ.
+    """
+    encoder, _ = find_encoder(module)
+    if encoder is None or 'encoder' not in metadata:
+        return []
+    made_for, heads = metadata['encoder'], encoder.blocks[0].attn.num_heads
+    if made_for['num_heads'] != heads:
+        raise ValueError(
+            f'{path} was made with {made_for["num_heads"]} heads, but the model has {heads}: the '
+            'shapes are the same, the results are not. Set num_heads in arch'
+        )
+    size = tuple(made_for['pretrain_img_size'])
+    have = tuple(side * encoder.patch_size for side in encoder.positions.base_grid)
+    if size == have:
+        return []
+    return [
+        f'the file has positions for {size[0]}x{size[1]} pixels, the model for {have[0]}x{have[1]}:'
+        f' pretrain_img_size={size} keeps those of the file'
     ]
-    found = {
-        'missing': [key for key in target if key not in source],
-        'unexpected': [key for key in source if key not in target],
-        'of another shape': reshaped,
-    }
-    return [f'{len(keys)} keys {what}: {_some(keys)}' for what, keys in found.items() if keys]
+
+
+@dataclass(frozen=True)
+class KeyMatch:
+    """Which keys of a module a file fills.
+
+    Attributes:
+        matched: Keys with the same shape in both.
+        missing: Keys of the module that the file has not.
+        unexpected: Keys of the file that the module has not.
+        reshaped: Keys with another shape, with both shapes.
+    """
+
+    matched: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    reshaped: dict[str, str]
+
+    @property
+    def problems(self) -> list[str]:
+        """One line each about missing, unexpected and reshaped keys, if there are some."""
+        found = {
+            'missing': self.missing,
+            'unexpected': self.unexpected,
+            'of another shape': list(self.reshaped.values()),
+        }
+        return [f'{len(keys)} keys {what}: {_some(keys)}' for what, keys in found.items() if keys]
+
+
+def compare_keys(target: dict[str, Tensor], source: dict[str, Tensor]) -> KeyMatch:
+    """Say which keys of ``target`` are in ``source`` with the same shape, and which are not."""
+    both = [key for key in target if key in source]
+    return KeyMatch(
+        matched=[key for key in both if source[key].shape == target[key].shape],
+        missing=[key for key in target if key not in source],
+        unexpected=[key for key in source if key not in target],
+        reshaped={
+            key: f'{key} is {tuple(source[key].shape)} in the file and '
+            f'{tuple(target[key].shape)} in the model'
+            for key in both
+            if source[key].shape != target[key].shape
+        },
+    )
+
+
+def check_share(
+    module: nn.Module,
+    match: KeyMatch,
+    min_matched: float,
+    path: Path,
+    everything: dict[str, Tensor],
+    prefix: str = '',
+) -> None:
+    """Check that enough of the backbone (of the module, if it has none) is loaded.
+
+    Raises:
+        ValueError: If less than ``min_matched`` of its tensors or elements match; the message
+            names the likely cause.
+    """
+    target = module.state_dict()
+    part = {k: v for k, v in target.items() if k.startswith('backbone.')} or target
+    loaded = part.keys() & set(match.matched)
+    tensors = len(loaded) / len(part)
+    elements = sum(part[k].numel() for k in loaded) / sum(v.numel() for v in part.values())
+    if min(tensors, elements) >= min_matched:
+        return
+    where = f'{type(module).__name__}{".backbone" if part is not target else ""}'
+    raise ValueError(
+        f'{path} does not fit {where}: only {len(loaded)} of {len(part)} tensors '
+        f'({elements:.1%} of the elements) match, at least {min_matched:.0%} must; '
+        f'{"; ".join(match.problems)}{explain_mismatch(target, everything, prefix)}'
+    )
+
+
+def log_match(name: str, path: Path, match: KeyMatch, remarks: list[str]) -> None:
+    """Log how many tensors were loaded, and each thing that did not fit as a warning."""
+    total = len(match.matched) + len(match.missing) + len(match.reshaped)
+    print_log(f'{name}: {len(match.matched)} of {total} tensors loaded from {path}', 'current')
+    for remark in remarks:
+        print_log(f'{name}: {remark}', 'current')
+    for problem in match.problems:
+        print_log(f'{name}: {problem}', 'current', level=logging.WARNING)
 
 
 def _some(keys: list[str]) -> str:
@@ -188,10 +246,26 @@ def _some(keys: list[str]) -> str:
     return ', '.join(keys[:MAX_KEYS_SHOWN]) + more
 
 
-def _hint_prefix(target: dict[str, Tensor], source: dict[str, Tensor], prefix: str) -> str:
-    """Name the prefix under which the file has the module's first key, if there is one."""
+def explain_mismatch(target: dict[str, Tensor], source: dict[str, Tensor], prefix: str) -> str:
+    """Name the likely cause: another prefix, names of another project, another size."""
     first = next(iter(target))
     found = [k.removesuffix(first) for k in source if k.endswith(f'.{first}') or k == first]
-    if not found or prefix in found:
-        return ''
-    return f". The file has these keys under prefix='{found[0]}'"
+    if found and prefix not in found:
+        return f". The file has these keys under prefix='{found[0]}'"
+    origin = guess_source(source)
+    if origin:
+        return (
+            f'. The file has the names of {origin} weights: convert it with '
+            'tools/convert_checkpoint.py'
+        )
+    bare = first.removeprefix('backbone.')
+    if bare != first and bare in source:
+        return (
+            ". The file holds a bare encoder: load it with the backbone's "
+            "init_cfg=dict(type='Pretrained', checkpoint=...)"
+        )
+    token = [key for key in target if key.endswith('cls_token') and prefix + key in source]
+    if token and source[prefix + token[0]].shape != target[token[0]].shape:
+        widths = source[prefix + token[0]].shape[-1], target[token[0]].shape[-1]
+        return f'. The file has width {widths[0]}, the model {widths[1]}: it is of another arch'
+    return ''

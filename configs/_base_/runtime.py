@@ -10,6 +10,7 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
 )
 custom_hooks = [
+    dict(type='cae_mm.SafeLoadHook'),
     dict(type='cae_mm.EpochSeedHook'),
     dict(type='cae_mm.ThroughputHook'),
     dict(type='cae_mm.NonFiniteLossHook'),

@@ -1,0 +1,95 @@
+"""Keep the Runner's own loading (``load_from``, ``resume``, ``tools/test.py``) safe and strict.
+
+mmengine reads these files with a function that falls back to executing pickles, and loads what
+happens to fit.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
+from mmengine.runner.checkpoint import CheckpointLoader
+
+from cae_mm.checkpoints.files import HARMLESS, get_state_dict, read_plain_pickle, read_state_dict
+from cae_mm.checkpoints.loading import (
+    adapt_state_dict,
+    check_share,
+    compare_keys,
+    explain_mismatch,
+    find_file,
+    log_match,
+)
+from cae_mm.registry import HOOKS
+
+SCHEME = 'plain:'  # stands before a path so that mmengine reads it through load_from_plain
+
+
+@CheckpointLoader.register_scheme(prefixes=SCHEME)
+def load_from_plain(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Read a checkpoint for mmengine with the restricted unpickler, or from safetensors."""
+    path = Path(filename.removeprefix(SCHEME))
+    if path.suffix == '.safetensors':
+        return {'state_dict': read_state_dict(path)}
+    content = read_plain_pickle(path, HARMLESS, map_location)
+    if isinstance(content, dict) and 'state_dict' in content:
+        return content
+    return {'state_dict': get_state_dict(content, path)}
+
+
+@HOOKS.register_module()
+class SafeLoadHook(Hook):
+    """Read the Runner's checkpoints as plain data, and say what of them does not fit.
+
+    - Training from ``load_from``: the backbone's tensors and elements (the model's, if it has no
+      backbone) must match to a share of ``min_matched``; a new head may be missing.
+    - Testing and validating: every tensor of the model must be in the file, so that no head is
+      evaluated with random weights.
+    - Resuming: all keys must fit. The config in the file is not read (mmengine would run it).
+
+    Args:
+        min_matched: The share, from 0 to 1.
+    """
+
+    priority = 'VERY_HIGH'  # before hooks that copy what is loaded, as EMAHook does
+
+    def __init__(self, min_matched: float = 0.9) -> None:
+        self.min_matched = min_matched
+
+    def before_run(self, runner: Runner) -> None:
+        """Make the Runner read its checkpoint through ``load_from_plain``."""
+        checkpoint = runner._load_from
+        if runner._resume and checkpoint is None:
+            checkpoint = find_latest_checkpoint(runner.work_dir)
+        if checkpoint is None or runner._has_loaded or str(checkpoint).startswith(SCHEME):
+            return
+        path = find_file(checkpoint, type(runner.model).__name__)
+        runner._load_from = f'{SCHEME}{path}'
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Compare keys and shapes, and leave only what fits for the Runner to load."""
+        if runner._has_loaded or not str(runner._load_from).startswith(SCHEME):
+            return  # a call of Runner.load_checkpoint by somebody else
+        path = Path(runner._load_from.removeprefix(SCHEME))
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        training = isinstance(runner._train_loop, BaseLoop)
+        state, remarks = checkpoint['state_dict'], []
+        if runner._resume:
+            checkpoint.get('meta', {}).pop('config', None)
+        elif training:
+            state, remarks = adapt_state_dict(model, state)
+        match = compare_keys(model.state_dict(), state)
+        if training and not runner._resume:
+            check_share(model, match, self.min_matched, path, checkpoint['state_dict'])
+        elif match.missing or match.reshaped or (match.unexpected and runner._resume):
+            purpose = 'resumed from' if runner._resume else 'tested with'
+            hint = explain_mismatch(model.state_dict(), state, '')
+            raise ValueError(
+                f'{type(model).__name__} cannot be {purpose} {path}: '
+                f'{"; ".join(match.problems)}{hint}'
+            )
+        checkpoint['state_dict'] = {key: state[key] for key in match.matched}
+        log_match(type(model).__name__, path, match, remarks)

@@ -1,0 +1,277 @@
+"""One table of key rules for each project whose weights come in or go out.
+
+References:
+    Official: https://github.com/Atten4Vis/CAE/tree/master/models and downstream_tasks
+    mmpretrain: https://github.com/open-mmlab/mmpretrain/blob/main/mmpretrain/models
+        (backbones/beit.py, selfsup/cae.py, necks/cae_neck.py)
+    PASSL: https://github.com/PaddlePaddle/PASSL/blob/main/passl/models/cae.py
+    timm: https://github.com/huggingface/pytorch-image-models/blob/main/timm/models/beit.py
+    Hugging Face: https://github.com/huggingface/transformers/tree/main/src/transformers/models/beit
+"""
+
+from collections.abc import Iterable, Mapping
+
+from cae_mm.checkpoints.rules import Fixed, LeaveOut, Move, Rule, Same, Shared
+
+TABLE = 'relative_position_bias_table'
+INDEX = 'relative_position_index'
+BLOCK = (
+    'norm1.{p}',
+    'attn.qkv.weight',
+    'attn.q_bias',
+    'attn.v_bias',
+    'attn.proj.{p}',
+    'norm2.{p}',
+    'mlp.fc1.{p}',
+    'mlp.fc2.{p}',
+    'gamma_1',
+    'gamma_2',
+)
+ENCODER = (
+    'cls_token',
+    'patch_embed.proj.{p}',
+    *(f'blocks.{{i}}.{name}' for name in BLOCK),
+    f'blocks.{{i}}.attn.{TABLE}',
+)
+# a self-attention block in mmpretrain
+MMPRETRAIN_BLOCK = {
+    'norm1.{p}': 'ln1.{p}',
+    'norm2.{p}': 'ln2.{p}',
+    'mlp.fc1.{p}': 'ffn.layers.0.0.{p}',
+    'mlp.fc2.{p}': 'ffn.layers.1.{p}',
+}
+# a block of the regressor: ours -> in PASSL and mmpretrain; the official code differs in the norms
+REGRESSOR_BLOCK = {
+    'norm_q.{p}': 'norm1_q_cross.{p}',
+    'norm_k.{p}': 'norm1_k_cross.{p}',
+    'norm_v.{p}': 'norm1_v_cross.{p}',
+    'attn.q.weight': 'cross_attn.q.weight',
+    'attn.k.weight': 'cross_attn.k.weight',
+    'attn.v.weight': 'cross_attn.v.weight',
+    'attn.q.bias': 'cross_attn.q_bias',
+    'attn.v.bias': 'cross_attn.v_bias',
+    'attn.proj.{p}': 'cross_attn.proj.{p}',
+    'norm2.{p}': 'norm2_cross.{p}',
+    'mlp.fc1.{p}': 'mlp_cross.fc1.{p}',
+    'mlp.fc2.{p}': 'mlp_cross.fc2.{p}',
+    'gamma_1': 'gamma_1_cross',
+    'gamma_2': 'gamma_2_cross',
+}
+OFFICIAL_REGRESSOR_BLOCK = REGRESSOR_BLOCK | {f'norm_{x}.{{p}}': f'norm1_{x}.{{p}}' for x in 'qkv'}
+MMPRETRAIN_REGRESSOR_BLOCK = REGRESSOR_BLOCK | {
+    'mlp.fc1.{p}': 'ffn.layers.0.0.{p}',
+    'mlp.fc2.{p}': 'ffn.layers.1.{p}',
+}
+
+
+def _moves(names: Mapping[str, str], theirs: str, ours: str) -> list[Rule]:
+    return [Move((theirs + new,), ours + old) for old, new in names.items()]
+
+
+def _same_names(names: Iterable[str]) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+def _official_encoder(prefix: str, with_index: bool = True) -> list[Rule]:
+    rules: list[Rule] = [
+        *_moves(_same_names(ENCODER), prefix, 'backbone.'),
+        Fixed(f'{prefix}pos_embed', 'positions'),
+        Shared(f'{prefix}rel_pos_bias.{TABLE}', f'backbone.blocks.{{i}}.attn.{TABLE}'),
+    ]
+    if with_index:
+        rules += [
+            Fixed(f'{prefix}blocks.{{i}}.attn.{INDEX}', INDEX),
+            LeaveOut(f'{prefix}rel_pos_bias.{INDEX}', 'that of the shared table, computed'),
+        ]
+    return rules
+
+
+def _norms(token: str, pooled: str) -> list[Rule]:
+    return [
+        Move((token,), 'backbone.norm.{p}', pooled=False),
+        Move((pooled,), 'backbone.norm.{p}', pooled=True),
+    ]
+
+
+OFFICIAL: list[Rule] = [
+    *_official_encoder('encoder.'),
+    Move(('encoder.norm.{p}',), 'backbone.norm.{p}', pooled=False),
+    *(
+        Same(f'alignment_encoder.{name}', f'backbone.{name}', 'shares the storage of the encoder')
+        for name in (*ENCODER, 'norm.{p}')
+    ),
+    Fixed('alignment_encoder.pos_embed', 'positions'),
+    Move(('mask_token',), 'neck.mask_token'),
+    Move(('encoder_to_regresser.{p}',), 'neck.projection.0.{p}'),
+    Move(('encoder_to_regresser_norm.{p}',), 'neck.projection.1.{p}'),
+    Fixed('rd_pos_embed', 'neck_positions'),
+    *_moves(OFFICIAL_REGRESSOR_BLOCK, 'regresser.regressor_blocks.{i}.', 'neck.regressor.{i}.'),
+    Move(('regresser.norm.{p}',), 'neck.regressor_norm.{p}'),
+    *_moves(_same_names(BLOCK), 'decoder.decoder_blocks.{i}.', 'neck.decoder.{i}.'),
+    Move(('decoder.norm.{p}',), 'neck.decoder_norm.{p}'),
+    Move(('decoder.head.{p}',), 'neck.output.{p}'),
+]
+OFFICIAL_FINETUNED: list[Rule] = [
+    *_official_encoder(''),
+    *_norms('norm.{p}', 'fc_norm.{p}'),
+    Move(('head.{p}',), 'head.fc.{p}'),
+]
+OFFICIAL_DENSE: list[Rule] = [
+    *_official_encoder('backbone.'),
+    Move(('backbone.norm.{p}',), 'backbone.norm.{p}', pooled=False),
+    LeaveOut(
+        'backbone.fpn{rest}',
+        'pyramid: a neck here (ViTFeaturePyramid), trained together with heads that are left out',
+    ),
+    *(
+        LeaveOut(f'{head}.{{rest}}', 'heads: layers of another version of mmseg or mmdet')
+        for head in ('decode_head', 'auxiliary_head', 'neck', 'rpn_head', 'roi_head')
+    ),
+]
+PASSL: list[Rule] = [
+    *_official_encoder('encoder.'),
+    Move(('encoder.norm.{p}',), 'backbone.norm.{p}', pooled=False),
+    LeaveOut('teacher_network.{rest}', 'moving average of the encoder, not part of the network'),
+    Move(('mask_token',), 'neck.mask_token'),
+    Move(('encoder_to_decoder.{p}',), 'neck.projection.0.{p}'),
+    Move(('encoder_to_decoder_norm.{p}',), 'neck.projection.1.{p}'),
+    *_moves(REGRESSOR_BLOCK, 'regressor_and_decoder.blocks.{i}.', 'neck.regressor.{i}.'),
+    Move(('regressor_and_decoder.norm.{p}',), 'neck.regressor_norm.{p}'),
+    *_moves(_same_names(BLOCK), 'regressor_and_decoder.self_att_blocks.{i}.', 'neck.decoder.{i}.'),
+    Move(('regressor_and_decoder.norm2.{p}',), 'neck.decoder_norm.{p}'),
+    Move(('regressor_and_decoder.head.{p}',), 'neck.output.{p}'),
+]
+MMPRETRAIN: list[Rule] = [
+    Move(('backbone.cls_token',), 'backbone.cls_token'),
+    Move(('backbone.patch_embed.projection.{p}',), 'backbone.patch_embed.proj.{p}'),
+    *_moves(_same_names(BLOCK) | MMPRETRAIN_BLOCK, 'backbone.layers.{i}.', 'backbone.blocks.{i}.'),
+    Move((f'backbone.layers.{{i}}.attn.{TABLE}',), f'backbone.blocks.{{i}}.attn.{TABLE}'),
+    Fixed(f'backbone.layers.{{i}}.attn.{INDEX}', INDEX),
+    Fixed('backbone.pos_embed', 'positions'),
+    Shared(f'backbone.rel_pos_bias.{TABLE}', f'backbone.blocks.{{i}}.attn.{TABLE}'),
+    LeaveOut(f'backbone.rel_pos_bias.{INDEX}', 'that of the shared table, computed'),
+    *_norms('backbone.ln1.{p}', 'backbone.ln2.{p}'),
+    Move(('head.fc.{p}',), 'head.fc.{p}'),
+    Move(('neck.mask_token',), 'neck.mask_token'),
+    *_moves(MMPRETRAIN_REGRESSOR_BLOCK, 'neck.regressors.{i}.', 'neck.regressor.{i}.'),
+    Move(('neck.norm_regressor.{p}',), 'neck.regressor_norm.{p}'),
+    *_moves(_same_names(BLOCK) | MMPRETRAIN_BLOCK, 'neck.decoders.{i}.', 'neck.decoder.{i}.'),
+    Move(('neck.norm_decoder.{p}',), 'neck.decoder_norm.{p}'),
+    Move(('neck.head.{p}',), 'neck.output.{p}'),
+    LeaveOut('teacher.{rest}', "a copy of the encoder, one step late in mmpretrain's code"),
+    LeaveOut('target_generator.{rest}', 'the tokenizer: tools/convert_dalle.py converts it'),
+    LeaveOut('data_preprocessor.{rest}', 'mean and standard deviation stand in configs'),
+]
+TIMM: list[Rule] = [
+    *_official_encoder('', with_index=False),
+    *_norms('norm.{p}', 'fc_norm.{p}'),
+    Move(('head.{p}',), 'head.fc.{p}'),
+]
+
+
+def _huggingface(prefix: str) -> list[Rule]:
+    layer, block = f'{prefix}encoder.layer.{{i}}.', 'backbone.blocks.{i}.'
+    attention = f'{layer}attention.attention.'
+    return [
+        Move((f'{prefix}embeddings.cls_token',), 'backbone.cls_token'),
+        Move(
+            (f'{prefix}embeddings.patch_embeddings.projection.{{p}}',),
+            'backbone.patch_embed.proj.{p}',
+        ),
+        Fixed(f'{prefix}embeddings.position_embeddings', 'positions'),
+        LeaveOut(f'{prefix}embeddings.mask_token', "BEiT's mask token; CAE masks in the regressor"),
+        Move(
+            tuple(f'{attention}{name}.weight' for name in ('query', 'key', 'value')),
+            f'{block}attn.qkv.weight',
+        ),
+        Move((f'{attention}query.bias',), f'{block}attn.q_bias'),
+        Move((f'{attention}value.bias',), f'{block}attn.v_bias'),
+        Move((f'{attention}relative_position_bias.{TABLE}',), f'{block}attn.{TABLE}'),
+        Fixed(f'{attention}relative_position_bias.{INDEX}', INDEX),
+        Shared(f'{prefix}encoder.relative_position_bias.{TABLE}', f'{block}attn.{TABLE}'),
+        LeaveOut(
+            f'{prefix}encoder.relative_position_bias.{INDEX}', 'that of the shared table, computed'
+        ),
+        *_moves(
+            {
+                'norm1.{p}': 'layernorm_before.{p}',
+                'attn.proj.{p}': 'attention.output.dense.{p}',
+                'norm2.{p}': 'layernorm_after.{p}',
+                'mlp.fc1.{p}': 'intermediate.dense.{p}',
+                'mlp.fc2.{p}': 'output.dense.{p}',
+                'gamma_1': 'lambda_1',
+                'gamma_2': 'lambda_2',
+            },
+            layer,
+            block,
+        ),
+        *_norms(f'{prefix}layernorm.{{p}}', f'{prefix}pooler.layernorm.{{p}}'),
+    ]
+
+
+HUGGINGFACE: list[Rule] = _huggingface('')
+HUGGINGFACE_TASK: list[Rule] = [
+    *_huggingface('beit.'),
+    Move(('classifier.{p}',), 'head.fc.{p}'),
+    LeaveOut('lm_head.{rest}', "BEiT's prediction of tokens, which CAE does in its decoder"),
+    LeaveOut('layernorm.{rest}', "BEiT's norm before the prediction of tokens"),
+]
+
+# The tables of each source, and a key by which it is known; the first that fits is taken.
+# Official, PASSL and timm share names where a file is of the encoder alone.
+TABLES: dict[str, dict[str, list[Rule]]] = {
+    'huggingface': {
+        'embeddings.cls_token': HUGGINGFACE,
+        'beit.embeddings.cls_token': HUGGINGFACE_TASK,
+    },
+    'mmpretrain': {'backbone.patch_embed.projection.weight': MMPRETRAIN},
+    'passl': {
+        'regressor_and_decoder.norm.weight': PASSL,
+        'encoder.cls_token': PASSL,
+        'cls_token': OFFICIAL_FINETUNED,
+    },
+    'official': {
+        'encoder.cls_token': OFFICIAL,
+        'backbone.pos_embed': OFFICIAL_DENSE,
+        'cls_token': OFFICIAL_FINETUNED,
+    },
+    'timm': {'cls_token': TIMM},
+}
+SOURCES = tuple(TABLES)
+HALLMARKS = {
+    'huggingface': ('embeddings.cls_token', 'beit.embeddings.cls_token'),
+    'mmpretrain': ('backbone.patch_embed.projection.weight',),
+    'passl': ('regressor_and_decoder.norm.weight',),
+    'official': ('encoder.cls_token', 'backbone.pos_embed', 'blocks.0.attn.' + INDEX),
+    'timm': ('pos_embed',),
+}
+
+
+def guess_source(keys: Iterable[str]) -> str | None:
+    """Name the project that names its weights so, None if none of them does (ours, for example).
+
+    A fine-tuned encoder without relative position bias has the same keys in the official code and
+    in timm, and means the same: it is called timm's.
+    """
+    keys = set(keys)
+    for source, hallmarks in HALLMARKS.items():
+        if keys & set(hallmarks):
+            return source
+    return None
+
+
+def table_for(source: str, keys: Iterable[str]) -> list[Rule]:
+    """Return the rules for these keys of this source.
+
+    Raises:
+        ValueError: If the source has no such keys.
+    """
+    keys = set(keys)
+    for hallmark, rules in TABLES[source].items():
+        if hallmark in keys:
+            return rules
+    like = guess_source(keys)
+    raise ValueError(
+        f'these are no {source} weights: none of the keys {list(TABLES[source])} is there'
+        + (f', they look like {like} ones' if like else '')
+    )
