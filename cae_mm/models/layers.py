@@ -13,6 +13,8 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 
 Grid = tuple[int, int]
+# images of detection come in hundreds of sizes, whose tables would fill a GPU
+MAX_CACHED_GRIDS = 8
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -129,6 +131,8 @@ class SinCosPositions(nn.Module):
     def forward(self, grid: Grid, device: torch.device) -> Tensor:
         """Return the float32 positions of ``grid``, shape (rows * columns, D)."""
         if (grid, device) not in self._tables:
+            if len(self._tables) == MAX_CACHED_GRIDS:
+                del self._tables[next(iter(self._tables))]  # the oldest
             self._tables[grid, device] = self._build(grid).to(device)
         return self._tables[grid, device]
 
@@ -260,7 +264,8 @@ def num_relative_positions(grid: Grid) -> int:
     return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=MAX_CACHED_GRIDS)
+@torch.inference_mode(False)  # autograd cannot save what was made in inference mode
 def relative_position_index(grid: Grid, device: torch.device) -> Tensor:
     """Entry of the relative position table for each pair of tokens, in BEiT's order.
 

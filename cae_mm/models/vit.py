@@ -124,7 +124,7 @@ class CAEViT(PretrainedModule):
         self.depth = arch['depth']
         self.patch_size = patch_size
         self.grid = grid_of(to_pair(img_size), patch_size)
-        self.out_indices = self._resolve_indices(out_indices)
+        self.out_indices = self._resolve_indices('out_indices', out_indices)
         if out_type not in OUT_TYPES:
             raise ValueError(f"Unknown out_type '{out_type}': choose one of {OUT_TYPES}")
         self.out_type = out_type
@@ -134,10 +134,14 @@ class CAEViT(PretrainedModule):
         self.with_cp = with_cp
         if use_rel_pos_bias and window_size is not None:
             raise ValueError('windows have no relative position bias: choose one of the two')
+        if window_size is not None and window_size < 1:
+            raise ValueError(f'window_size must be at least 1, not {window_size}')
+        if window_size is None and global_blocks:
+            raise ValueError('global_blocks needs a window_size: without one all blocks are global')
         self.bias_grid = self.grid if use_rel_pos_bias else None
         self.window_size = window_size
         windows: list[int | None] = [window_size] * self.depth
-        for index in self._resolve_indices(global_blocks):
+        for index in self._resolve_indices('global_blocks', global_blocks):
             windows[index] = None
 
         self.patch_embed = PatchEmbed(in_channels, patch_size, self.embed_dims)
@@ -314,11 +318,11 @@ class CAEViT(PretrainedModule):
         for module in frozen:
             module.eval().requires_grad_(False)
 
-    def _resolve_indices(self, out_indices: int | Sequence[int]) -> tuple[int, ...]:
-        indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
+    def _resolve_indices(self, option: str, blocks: int | Sequence[int]) -> tuple[int, ...]:
+        indices = [blocks] if isinstance(blocks, int) else list(blocks)
         for index in indices:
             if not -self.depth <= index < self.depth:
-                raise ValueError(f'out_indices has {index}, but there are {self.depth} blocks')
+                raise ValueError(f'{option} has {index}, but there are {self.depth} blocks')
         return tuple(index % self.depth for index in indices)
 
 

@@ -1,17 +1,17 @@
 """ADE20K, 150 classes, crops of 512 px (official); 0 in the annotations is no class."""
 
 train_pipeline = [
-    dict(type='mmseg.LoadImageFromFile'),
+    dict(type='LoadImageFromFile'),
     dict(type='mmseg.LoadAnnotations'),
-    dict(type='mmseg.RandomResize', scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
+    dict(type='RandomResize', scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
     dict(type='mmseg.RandomCrop', crop_size=(512, 512), cat_max_ratio=0.75),
-    dict(type='mmseg.RandomFlip', prob=0.5),
+    dict(type='RandomFlip', prob=0.5),
     dict(type='mmseg.PhotoMetricDistortion'),
     dict(type='mmseg.PackSegInputs'),
 ]
 test_pipeline = [
-    dict(type='mmseg.LoadImageFromFile'),
-    dict(type='mmseg.Resize', scale=(2048, 512), keep_ratio=True),
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(2048, 512), keep_ratio=True),
     dict(type='mmseg.LoadAnnotations'),  # after Resize: predictions are judged at full size
     dict(type='mmseg.PackSegInputs'),
 ]

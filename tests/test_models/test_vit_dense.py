@@ -1,0 +1,417 @@
+"""The encoder as a backbone of dense prediction: any size, relative positions, windows.
+
+The reference for the maps is the official downstream backbone, in own words and with loops:
+https://github.com/Atten4Vis/CAE/blob/master/downstream_tasks/semantic_segmentation/backbone/cae.py
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cae_mm.models import CAEViT, ViTFeaturePyramid
+from cae_mm.models.layers import (
+    MAX_CACHED_GRIDS,
+    Attention,
+    SinCosPositions,
+    WindowAttention,
+    num_relative_positions,
+    relative_position_index,
+    resize_bias_table,
+)
+
+TOY = dict(embed_dims=16, depth=3, num_heads=2, layer_scale=0.1)
+ALL = (0, 1, 2)
+
+
+def build(**options):
+    """A toy backbone with maps of all blocks, 4 x 4 patches in pretraining, in no special state."""
+    torch.manual_seed(0)
+    defaults = dict(
+        arch=TOY,
+        img_size=48,
+        pretrain_img_size=32,
+        patch_size=8,
+        out_indices=ALL,
+        out_type='featmap',
+        final_norm=False,
+    )
+    vit = CAEViT(**(defaults | options)).double()
+    for param in vit.parameters():
+        nn.init.normal_(param, std=0.3)
+    return vit
+
+
+def images_of(height=48, width=48, batch=2):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 3, height, width, generator=generator, dtype=torch.float64)
+
+
+def equal(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def gradients(vit, images):
+    vit.zero_grad()
+    sum(out.square().sum() for out in vit(images)).backward()
+    return {name: param.grad.clone() for name, param in vit.named_parameters()}
+
+
+# what pretraining sees
+
+
+def test_maps_are_those_of_pretraining_at_its_size():
+    """A 224 px image through a backbone for 512 px, and through the encoder without a mask."""
+    torch.manual_seed(0)
+    encoder = CAEViT(arch=TOY, img_size=224).double()
+    for param in encoder.parameters():
+        nn.init.normal_(param, std=0.3)
+    seen = []
+    for block in encoder.blocks:
+        block.register_forward_hook(lambda module, args, out: seen.append(out))
+    images = images_of(224, 224, batch=1)
+    latents = encoder.encode(images)
+
+    vit = build(img_size=512, pretrain_img_size=224, patch_size=16, use_rel_pos_bias=True)
+    state, remarks = vit.adapt_state_dict(encoder.state_dict())
+    vit.load_state_dict(state)
+    assert remarks == [
+        'the final norm is left out: final_norm=False',
+        '3 relative position tables start from zero',
+    ]
+    maps = vit(images)
+    for out, tokens in zip(maps, seen, strict=True):
+        torch.testing.assert_close(out, tokens[:, 1:].mT.unflatten(-1, (14, 14)))
+    normalised = encoder.norm(maps[-1].flatten(2).mT)
+    torch.testing.assert_close(normalised, latents[:, 1:])
+
+
+# the official backbone
+
+
+def sincos_by_loops(grid, D):
+    table = torch.zeros(grid[0] * grid[1], D)
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            for k in range(D // 4):
+                wave = 10000 ** (-k / (D // 4))
+                token = table[row * grid[1] + column]
+                token[k], token[k + D // 4] = math.sin(row * wave), math.cos(row * wave)
+                token[k + D // 2] = math.sin(column * wave)
+                token[k + 3 * D // 4] = math.cos(column * wave)
+    return table
+
+
+def relative_index_by_loops(grid):
+    """Entry for each pair of tokens: offsets row by row, then the class token's three."""
+    h, w = grid
+    places = [(row, column) for row in range(h) for column in range(w)]
+    entries = (2 * h - 1) * (2 * w - 1)
+    index = torch.zeros(1 + h * w, 1 + h * w, dtype=torch.long)
+    for i, query in enumerate([None, *places]):
+        for j, key in enumerate([None, *places]):
+            if query is None or key is None:
+                index[i, j] = entries + (2 if query == key else 0 if query is None else 1)
+            else:
+                down, right = query[0] - key[0] + h - 1, query[1] - key[1] + w - 1
+                index[i, j] = down * (2 * w - 1) + right
+    return index
+
+
+def norm(x, weight, bias):
+    mean = x.mean(-1, keepdim=True)
+    variance = (x - mean).square().mean(-1, keepdim=True)
+    return (x - mean) / (variance + 1e-6).sqrt() * weight + bias
+
+
+def official_maps(p, images, pretrain_grid, patch, heads):
+    """Maps of all blocks from weights ``p`` under their official names."""
+    D = p['cls_token'].shape[-1]
+    x = F.conv2d(images, p['patch_embed.proj.weight'], p['patch_embed.proj.bias'], stride=patch)
+    grid = x.shape[-2:]
+    table = sincos_by_loops(pretrain_grid, D).T.reshape(1, D, *pretrain_grid)
+    if grid != pretrain_grid:  # as the loader of checkpoints does
+        table = F.interpolate(table, size=grid, mode='bicubic', align_corners=False)
+    x = (x + table).flatten(2).mT
+    x = torch.cat([p['cls_token'].expand(len(x), -1, -1), x], dim=1)
+    index = relative_index_by_loops(grid)
+    maps = []
+    for i in range(sum(name.endswith('gamma_1') for name in p)):
+        b = {k.removeprefix(f'blocks.{i}.'): v for k, v in p.items()}
+        y = norm(x, b['norm1.weight'], b['norm1.bias'])
+        q, k, v = (y @ part.T for part in b['attn.qkv.weight'].split(D))
+        q, v = q + b['attn.q_bias'], v + b['attn.v_bias']
+        outs = []
+        for head, part in enumerate(torch.arange(D).chunk(heads)):
+            logits = q[..., part] @ k[..., part].mT / math.sqrt(D // heads)
+            if 'attn.relative_position_bias_table' in b:
+                logits = logits + b['attn.relative_position_bias_table'][index, head]
+            outs.append(logits.softmax(-1) @ v[..., part])
+        y = torch.cat(outs, dim=-1) @ b['attn.proj.weight'].T + b['attn.proj.bias']
+        x = x + b['gamma_1'] * y
+        y = norm(x, b['norm2.weight'], b['norm2.bias'])
+        y = y @ b['mlp.fc1.weight'].T + b['mlp.fc1.bias']
+        y = y * (1 + torch.erf(y / math.sqrt(2))) / 2
+        x = x + b['gamma_2'] * (y @ b['mlp.fc2.weight'].T + b['mlp.fc2.bias'])
+        maps.append(x[:, 1:].mT.unflatten(-1, grid))
+    return maps
+
+
+@pytest.mark.parametrize('rel_pos_bias', [True, False])
+@pytest.mark.parametrize(
+    'size', [(48, 48), (32, 32), (24, 56), (8, 48), (40, 8), (8, 8)], ids=lambda size: f'{size}'
+)
+def test_maps_are_those_of_the_official_backbone(size, rel_pos_bias):
+    """In float64 but for the table of positions, which is float32; also one patch narrow."""
+    vit = build(img_size=size, use_rel_pos_bias=rel_pos_bias)
+    images = images_of(*size)
+    expected = official_maps(vit.state_dict(), images, (4, 4), patch=8, heads=2)
+    for out, reference in zip(vit(images), expected, strict=True):
+        assert out.shape == (2, 16, size[0] // 8, size[1] // 8)
+        torch.testing.assert_close(out, reference, rtol=0, atol=1e-6)
+
+
+def test_final_norm_changes_the_last_map_only():
+    images = images_of()
+    vit, normalised = build(), build(final_norm=True)
+    maps = vit(images)
+    normalised.load_state_dict(vit.state_dict(), strict=False)
+    outs = normalised(images)
+    equal(outs[0], maps[0])
+    equal(outs[1], maps[1])
+    reference = norm(maps[2].movedim(1, -1), normalised.norm.weight, normalised.norm.bias)
+    torch.testing.assert_close(outs[2], reference.movedim(-1, 1))
+
+
+# any size
+
+
+@pytest.mark.parametrize('size', [(50, 37), (3, 41), (48, 49), (7, 5), (1, 1)])
+@pytest.mark.parametrize('options', [dict(use_rel_pos_bias=True), dict(window_size=2), {}])
+def test_odd_sizes_are_filled_up_at_right_and_bottom(size, options):
+    vit = build(**options)
+    images = images_of(*size)
+    h, w = (math.ceil(side / 8) for side in size)
+    whole = images.new_zeros(2, 3, 8 * h, 8 * w)
+    whole[:, :, : size[0], : size[1]] = images
+    neck = ViTFeaturePyramid(in_channels=16, patch_size=8, strides=(2, 8, 16)).double().eval()
+    for out, padded in zip(vit(images), vit(whole), strict=True):
+        assert out.shape == (2, 16, h, w)
+        equal(out, padded)
+    shapes = [tuple(out.shape[-2:]) for out in neck(vit(images))]
+    assert shapes == [(4 * h, 4 * w), (h, w), (math.ceil(h / 2), math.ceil(w / 2))]
+
+
+@pytest.mark.parametrize(
+    'options', [dict(use_rel_pos_bias=True), dict(window_size=4, global_blocks=(1,))]
+)
+def test_an_image_does_not_depend_on_the_others_of_its_batch(options):
+    vit = build(**options)
+    images = images_of(48, 40, batch=3)
+    outs = vit(images)
+    changed = vit(torch.cat([images[:1] + 5, images[1:2], -images[2:]]))
+    for out, other in zip(outs, changed, strict=True):
+        torch.testing.assert_close(other[1], out[1])
+        assert (other[0] - out[0]).abs().max() > 0.1
+    for i in range(3):
+        for out, alone in zip(outs, vit(images[i : i + 1]), strict=True):
+            torch.testing.assert_close(alone[0], out[i])
+
+
+def test_few_tables_of_positions_are_kept():
+    """Detection sees hundreds of sizes, whose tables would fill a GPU."""
+    positions = SinCosPositions(8, base_grid=(2, 2))
+    first = positions((1, 1), torch.device('cpu'))
+    for side in range(2, 3 * MAX_CACHED_GRIDS):
+        positions((side, 1), torch.device('cpu'))
+    assert len(positions._tables) == MAX_CACHED_GRIDS
+    equal(positions((1, 1), torch.device('cpu')), first)
+
+
+# relative positions
+
+
+@pytest.mark.parametrize('grid', [(1, 1), (1, 4), (3, 1), (3, 2), (2, 5), (4, 4)])
+def test_relative_position_index_against_loops(grid):
+    index = relative_position_index(grid, torch.device('cpu'))
+    equal(index, relative_index_by_loops(grid))
+    assert index.unique().tolist() == list(range(num_relative_positions(grid)))
+
+
+def test_tables_are_resized_to_the_image():
+    """At another size than ``img_size``: as a model that was made for it, from resized tables."""
+    vit = build(use_rel_pos_bias=True)
+    images = images_of(24, 56)
+    other = build(img_size=(24, 56), use_rel_pos_bias=True)
+    state, remarks = other.adapt_state_dict(vit.state_dict())
+    assert remarks == ['3 relative position tables are resized bicubically']
+    other.load_state_dict(state)
+    for out, expected in zip(vit(images), other(images), strict=True):
+        torch.testing.assert_close(out, expected)
+
+
+def test_resizing_a_table():
+    """Constants stay, the class token's entries too, and offset 0 stays in the middle."""
+    table = torch.full((num_relative_positions((3, 3)), 2), 5.0)
+    table[-3:] = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    resized = resize_bias_table(table, (3, 3), (4, 6))
+    assert resized.shape == (num_relative_positions((4, 6)), 2)
+    torch.testing.assert_close(resized[:-3], torch.full((7 * 11, 2), 5.0))
+    equal(resized[-3:], table[-3:])
+
+    table[:-3] = 0
+    table[5 * 5 // 2] = 1  # of a patch to itself
+    resized = resize_bias_table(table, (3, 3), (4, 6))[:-3, 0].reshape(7, 11)
+    assert resized.argmax() == 3 * 11 + 5
+    torch.testing.assert_close(resized, resized.flip(0, 1))
+    assert resize_bias_table(table, (3, 3), (3, 3)) is table
+
+
+@pytest.mark.parametrize('size', [(48, 48), (24, 56)])
+def test_relative_positions_are_trained(size):
+    grads = gradients(build(use_rel_pos_bias=True), images_of(*size))
+    assert len([name for name in grads if name.endswith('bias_table')]) == 3
+    assert all(grad.abs().sum() > 0 for grad in grads.values())
+
+
+def test_an_index_made_in_inference_mode_serves_training():
+    relative_position_index.cache_clear()
+    vit = build(use_rel_pos_bias=True)
+    with torch.inference_mode():
+        vit(images_of())
+    assert all(grad.isfinite().all() for grad in gradients(vit, images_of()).values())
+
+
+def test_table_of_no_square_grid_cannot_be_resized():
+    vit = build(use_rel_pos_bias=True)
+    state = build(img_size=(24, 56), use_rel_pos_bias=True).state_dict()
+    message = (
+        r'blocks.0.attn.relative_position_bias_table has 68 entries, which is no relative '
+        'position table of a square grid: set img_size'
+    )
+    with pytest.raises(ValueError, match=message):
+        vit.adapt_state_dict(state)
+
+
+# windows
+
+
+def window_by_loops(attention, tokens, grid, size):
+    """Each window attends by itself, with a copy of the class token; copies are averaged."""
+    cls_token, patches = tokens[:, :1], tokens[:, 1:].unflatten(1, grid)
+    out, copies = torch.zeros_like(patches), []
+    for top in range(0, grid[0], size):
+        for left in range(0, grid[1], size):
+            window = patches[:, top : top + size, left : left + size]
+            y = attention.attend(torch.cat([cls_token, window.flatten(1, 2)], dim=1))
+            out[:, top : top + size, left : left + size] = y[:, 1:].reshape(window.shape)
+            copies.append(y[:, :1])
+    mean = torch.stack(copies).mean(0)
+    return torch.cat([mean, out.flatten(1, 2)], dim=1)
+
+
+@pytest.mark.parametrize(
+    ('grid', 'size'), [((4, 6), 2), ((5, 7), 3), ((1, 5), 2), ((5, 1), 4), ((3, 3), 7), ((1, 1), 2)]
+)
+def test_windows_against_loops(grid, size):
+    """What fills up the windows at the border is not attended to."""
+    torch.manual_seed(0)
+    attention = WindowAttention(8, 2, size).double()
+    tokens = torch.randn(2, 1 + grid[0] * grid[1], 8, dtype=torch.float64)
+    expected = window_by_loops(attention, tokens, grid, size)
+    torch.testing.assert_close(attention(tokens, grid), expected)
+
+
+@pytest.mark.parametrize('size', [6, 9])
+def test_one_window_over_all_is_global_attention(size):
+    torch.manual_seed(0)
+    windows, attention = WindowAttention(8, 2, size).double(), Attention(8, 2).double()
+    attention.load_state_dict(windows.state_dict())
+    tokens = torch.randn(2, 1 + 6 * 5, 8, dtype=torch.float64)
+    torch.testing.assert_close(windows(tokens, (6, 5)), attention(tokens))
+
+
+def test_global_blocks_look_beyond_their_window():
+    """A patch changes the maps of its own window until a global block has run."""
+    options = dict(img_size=64, window_size=4, global_blocks=(-2,))
+    vit = build(**options)
+    kinds = [type(block.attn) for block in vit.blocks]
+    assert kinds == [WindowAttention, Attention, WindowAttention]
+    images = images_of(64, 64)
+    changed = images.clone()
+    changed[:, :, :8, :8] += 1
+    moved = [(a - b).abs().amax((0, 1)) > 1e-9 for a, b in zip(vit(images), vit(changed))]
+    first = torch.zeros(8, 8, dtype=torch.bool)
+    first[:4, :4] = True
+    equal(moved[0], first)
+    assert moved[1].all()
+
+
+def test_windows_without_global_blocks_meet_in_the_class_token():
+    vit = build(img_size=64, window_size=4)
+    images = images_of(64, 64)
+    changed = images.clone()
+    changed[:, :, :8, :8] += 1
+    [_, second, _] = [(a - b).abs().amax((0, 1)) > 1e-9 for a, b in zip(vit(images), vit(changed))]
+    assert second.all()
+
+
+@pytest.mark.parametrize('size', [(48, 48), (40, 56)])
+def test_windows_are_trained(size):
+    grads = gradients(build(window_size=4, global_blocks=(2,)), images_of(*size))
+    assert all(grad.isfinite().all() and grad.abs().sum() > 0 for grad in grads.values())
+
+
+# memory
+
+
+# torch 2.4's own checkpoint function
+@pytest.mark.filterwarnings('ignore:.torch.cpu.amp.autocast:FutureWarning')
+@pytest.mark.parametrize(
+    'options', [dict(use_rel_pos_bias=True), dict(window_size=4, global_blocks=(2,))]
+)
+def test_recomputing_changes_nothing(options):
+    outs, grads = [], []
+    for with_cp in (False, True):
+        vit = build(with_cp=with_cp, drop_path_rate=0.5, **options).train()
+        torch.manual_seed(3)
+        outs.append(vit(images_of(40, 56)))
+        torch.manual_seed(3)
+        grads.append(gradients(vit, images_of(40, 56)))
+    for plain, recomputed in zip(*outs, strict=True):
+        equal(plain, recomputed)
+    for name, grad in grads[0].items():
+        equal(grads[1][name], grad)
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (
+            dict(use_rel_pos_bias=True, window_size=2),
+            'windows have no relative position bias: choose one of the two',
+        ),
+        (
+            dict(window_size=2, global_blocks=(3,)),
+            'global_blocks has 3, but there are 3 blocks',
+        ),
+        (dict(global_blocks=(1,)), 'global_blocks needs a window_size'),
+        (dict(window_size=0), 'window_size must be at least 1, not 0'),
+        (dict(pretrain_img_size=30), '30x30 pixels cannot be cut into patches of 8x8'),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        build(**options)
+
+
+@pytest.mark.parametrize('options', [dict(use_rel_pos_bias=True), dict(window_size=2)])
+def test_pretraining_has_neither_bias_nor_windows(options):
+    message = 'leave out use_rel_pos_bias and window_size'
+    with pytest.raises(ValueError, match=message):
+        build(**options).encode(images_of(), torch.arange(8).expand(2, -1))
