@@ -1,5 +1,6 @@
 """The encoder that a config describes, and the features that it gives to whole images."""
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ class Encoder:
             if name not in FEATURES:
                 raise ValueError(f"Unknown feature '{name}': choose one of {FEATURES}")
         self.features = tuple(features)
+        # mmpretrain's backbones of masked pretraining mask their input unless told otherwise
+        takes_mask = 'mask' in inspect.signature(backbone.forward).parameters
+        self._whole_images = {'mask': None} if takes_mask else {}
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -53,7 +57,7 @@ class Encoder:
         if isinstance(self.backbone, CAEViT):
             tokens, extra = self.backbone.encode(x), 1
         else:
-            tokens = self.backbone(x)[-1]
+            tokens = self.backbone(x, **self._whole_images)[-1]
             extra = getattr(self.backbone, 'num_extra_tokens', 0)
         return torch.stack([self._pool(tokens, extra, name) for name in self.features], dim=1)
 
@@ -62,7 +66,7 @@ class Encoder:
         if x.ndim not in (3, 4) or not x.is_floating_point():
             raise ValueError(
                 f'{name} gives neither tokens nor a map, but {x.dtype} of shape {tuple(x.shape)}: '
-                'use the config of a classifier with this backbone'
+                'give the config of a classifier'
             )
         if feature == 'cls' and (x.ndim == 4 or not extra):
             raise ValueError(f"{name} has no class token: use the feature 'mean'")
@@ -83,8 +87,8 @@ def load_encoder(
     """Build the backbone of a config with the weights of a checkpoint.
 
     Args:
-        cfg: Config whose model is ``cae_mm.CAE``, or any whose model has a CAEViT as ``backbone``,
-            or that of a classifier with a backbone of mmpretrain.
+        cfg: Config whose model is ``cae_mm.CAE``, or any whose model has a CAEViT or a backbone of
+            mmpretrain as ``backbone``: a classifier, or a pretraining like MAE.
         checkpoint: File to load, or 'random' for a new initialisation.
         features: See ``Encoder``.
         prefix: Of the backbone's keys in the file.

@@ -2,9 +2,11 @@ import pytest
 import torch
 from builders import build_cae, cae_config
 from mmengine.config import Config
+from torch import nn
 
-from cae_mm.evaluation import load_backbone, load_encoder
+from cae_mm.evaluation import Encoder, load_backbone, load_encoder
 from cae_mm.evaluation.encoder import read_normalizer, read_size
+from cae_mm.models import CAEDataPreprocessor
 
 VIT = dict(
     type='mmpretrain.VisionTransformer',
@@ -56,6 +58,18 @@ def test_features_of_another_vit(images):
         [tokens] = encoder.backbone((rgb - mean) / std)  # raw, whatever the config says
     expected = torch.stack([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)
     torch.testing.assert_close(encoder(images), expected)
+
+
+def test_features_of_mae_are_those_of_whole_images(tmp_path, images):
+    """From the pretraining config and its checkpoint; as of the same weights in a plain ViT."""
+    arch = VIT['arch']
+    mae = dict(type='mmpretrain.MAEViT', arch=arch, img_size=16, patch_size=4)
+    cfg = classifier(mae)
+    weights = load(cfg).backbone.state_dict()
+    torch.save({f'backbone.{key}': value for key, value in weights.items()}, tmp_path / 'mae.pth')
+    actual = load(cfg, tmp_path / 'mae.pth')(images)
+    plain = load(classifier(VIT | dict(out_type='cls_token')), tmp_path / 'mae.pth')
+    torch.testing.assert_close(actual, plain(images))
 
 
 def test_features_of_a_convolutional_net(images):
@@ -116,9 +130,17 @@ def test_what_cannot_be_used_is_said():
         load(Config(dict(model=dict(type='ImageClassifier', backbone=VIT))))
     with pytest.raises(ValueError, match="Unknown feature 'max': choose one of"):
         load(Config(dict(model=cae_config())), features=['max'])
-    mae = dict(type='mmpretrain.MAEViT', arch='b', img_size=32, patch_size=16)
-    with pytest.raises(ValueError, match='MAEViT gives neither tokens nor a map, but torch.int64'):
-        load(classifier(mae), features=['mean'])
+
+
+class Flat(nn.Linear):
+    def forward(self, x):
+        return (x.flatten(1),)
+
+
+def test_other_outputs_are_refused(images):
+    encoder = Encoder(Flat(1, 1), CAEDataPreprocessor(), ['mean'])
+    with pytest.raises(ValueError, match=r'Flat gives neither tokens nor a map.*\(3, 768\): give'):
+        encoder(images)
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):
