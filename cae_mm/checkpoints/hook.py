@@ -11,6 +11,7 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
+from torch import Tensor
 
 from cae_mm.checkpoints.files import HARMLESS, get_state_dict, read_plain_pickle, read_state_dict
 from cae_mm.checkpoints.loading import (
@@ -76,7 +77,8 @@ class SafeLoadHook(Hook):
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
         training = isinstance(runner._train_loop, BaseLoop)
-        state, remarks = checkpoint['state_dict'], []
+        state: dict[str, Tensor] = checkpoint['state_dict']
+        remarks: list[str] = []
         if runner._resume:
             checkpoint.get('meta', {}).pop('config', None)
         elif training:

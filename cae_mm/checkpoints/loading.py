@@ -183,7 +183,9 @@ class KeyMatch:
             'unexpected': self.unexpected,
             'of another shape': list(self.reshaped.values()),
         }
-        return [f'{len(keys)} keys {what}: {_some(keys)}' for what, keys in found.items() if keys]
+        return [
+            f'{len(keys)} keys {what}: {name_some(keys)}' for what, keys in found.items() if keys
+        ]
 
 
 def compare_keys(target: dict[str, Tensor], source: dict[str, Tensor]) -> KeyMatch:
@@ -241,7 +243,8 @@ def log_match(name: str, path: Path, match: KeyMatch, remarks: list[str]) -> Non
         print_log(f'{name}: {problem}', 'current', level=logging.WARNING)
 
 
-def _some(keys: list[str]) -> str:
+def name_some(keys: list[str]) -> str:
+    """List the first keys, and how many more there are."""
     more = f', ... ({len(keys) - MAX_KEYS_SHOWN} more)' if len(keys) > MAX_KEYS_SHOWN else ''
     return ', '.join(keys[:MAX_KEYS_SHOWN]) + more
 

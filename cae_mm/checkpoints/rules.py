@@ -7,7 +7,7 @@ anything. What a table of rules does not name is an error, in either direction.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import TypeAlias
 
 import torch
@@ -106,7 +106,7 @@ class Translation:
     rows: list[Row] = field(default_factory=list)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _regex(template: str) -> re.Pattern[str]:
     parts = re.split(r'\{(\w+)\}', template)
     pattern = [_PLACEHOLDERS[p] if i % 2 else re.escape(p) for i, p in enumerate(parts)]

@@ -1,0 +1,71 @@
+"""Write weights of this project as another one stores them, after comparing features.
+
+python tools/export_checkpoint.py SOURCE OUT --target mmpretrain|timm|huggingface|official
+    [--part encoder|full] [--num-heads N] [--img-size H W] [--pool token|avg]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from cae_mm.checkpoints.convert import PARTS
+from cae_mm.checkpoints.export import TARGETS, Export, export_checkpoint
+
+
+def print_report(result: Export, target: str, console: Console) -> None:
+    """Print what became of each key, how features compare, and how the result is loaded."""
+    table = Table(title=f'{result.path} for {target}')
+    for column in ('theirs', 'ours', 'keys', 'note'):
+        table.add_column(column, overflow='fold')
+    for row in result.rows:
+        table.add_row(row.theirs, row.ours, str(row.count), row.note)
+    console.print(table)
+    for remark in result.remarks:
+        console.print(f'note: {remark}', style='yellow', highlight=False)
+    for dtype, error in result.errors.items():
+        console.print(f'features in {dtype} differ by {error:.2g} of the largest', highlight=False)
+    if not result.errors:
+        console.print('converted back, all weights are bit for bit the same', highlight=False)
+    console.print(f'written: {result.path}\nload it: {result.usage}', highlight=False, markup=False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Export one checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('checkpoint', type=Path, metavar='SOURCE', help='our checkpoint')
+    parser.add_argument(
+        'out', type=Path, metavar='OUT', help="file or folder to write; the name gets the part's"
+    )
+    parser.add_argument('--target', choices=(*TARGETS, 'official'), required=True)
+    parser.add_argument('--part', choices=PARTS, help='default: all that the target has')
+    parser.add_argument('--num-heads', type=int, help='where the file does not tell')
+    parser.add_argument('--img-size', type=int, nargs=2, help='where the file does not tell')
+    parser.add_argument(
+        '--pool',
+        choices=('token', 'avg'),
+        help='what the final norm is applied to, where the file does not tell: each token '
+        '(pretraining), or the mean of the patch tokens (fine-tuning)',
+    )
+    args = parser.parse_args(argv)
+    try:
+        result = export_checkpoint(
+            args.checkpoint,
+            args.out,
+            args.target,
+            part=args.part,
+            num_heads=args.num_heads,
+            img_size=tuple(args.img_size) if args.img_size else None,
+            pooled=None if args.pool is None else args.pool == 'avg',
+        )
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 1
+    print_report(result, args.target, Console())
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
