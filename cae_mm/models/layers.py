@@ -229,10 +229,10 @@ class WindowAttention(Attention):
     def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
         """Attend within ``x``, shape (B, 1 + N, D), class token first, N patches of ``grid``."""
         assert grid is not None
-        B, w = len(x), self.window_size
+        B, w = x.shape[0], self.window_size  # len() would be a constant in an exported graph
         rows, columns = (math.ceil(side / w) for side in grid)  # of windows
         windows = partition_windows(x[:, 1:].unflatten(1, grid), w)  # [B*nW, w*w, D]
-        copies = x[:, :1].repeat_interleave(rows * columns, dim=0)  # [B*nW, 1, D]
+        copies = x[:, None, :1].expand(-1, rows * columns, -1, -1).flatten(0, 1)  # [B*nW, 1, D]
         y = self.attend(torch.cat([copies, windows], dim=1), self._real_keys(B, grid, x.device))
         cls_token = y[:, :1].unflatten(0, (B, -1)).mean(1)  # [B, 1, D]
         y = y[:, 1:].reshape(B, rows, columns, w, w, -1).transpose(2, 3)

@@ -280,7 +280,8 @@ class CAEViT(PretrainedModule):
             positions = gather_tokens(positions.expand(len(ids), -1, -1), ids)  # [B, K, D]
         x = self.patch_embed(patches) + positions
         # the class token's position is zero in the official code: nothing to add
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # [B, 1+K, D]
+        cls_token = self.cls_token.expand(x.shape[0], -1, -1)  # len() is a constant when exported
+        return torch.cat([cls_token, x], dim=1)  # [B, 1+K, D]
 
     def _run(self, block: nn.Module, x: Tensor, grid: Grid) -> Tensor:
         if self.with_cp and self.training and x.requires_grad:
