@@ -1,6 +1,7 @@
 """Every config loads, builds at full size, and trains a step when shrunk; recipes hold."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,33 +12,69 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from PIL import Image
 
+from cae_mm.models.vit import ARCHS
+
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted(path for path in (ROOT / 'configs').glob('*/*.py') if path.parent.name != '_base_')
+FOLDERS = 'attentive demo finetune imagenette linear pretrain tokenizer'.split()
+CONFIGS = [path for name in FOLDERS for path in sorted((ROOT / 'configs' / name).glob('*.py'))]
 PRETRAIN = [path for path in CONFIGS if path.parent.name == 'pretrain']
+PROBES = [path for path in CONFIGS if path.parent.name in ('linear', 'attentive')]
+FINETUNE = [path for path in CONFIGS if path.parent.name == 'finetune']
+# BatchNorm takes off what every image has, softmax what every key has; the query starts from zero
+UNFELT = {
+    f'head.{name}' for name in ('attn.proj.bias norm_k.bias norm_k.weight norm_q.weight'.split())
+}
 SMALL = dict(embed_dims=16, num_heads=2)
 
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
-    """Four images in a folder with the sub-folder that the configs look into."""
+    """Four images for training and two for evaluation, in the form of each dataset."""
     folder = tmp_path_factory.mktemp('images')
     rng = np.random.default_rng(0)
-    for i in range(4):
-        path = folder / 'train' / f'{i}.png'
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(256, size=(40, 50, 3), dtype=np.uint8)).save(path)
+
+    def save(*names):
+        for name in names:
+            path = folder / name
+            path.parent.mkdir(exist_ok=True, parents=True)
+            Image.fromarray(rng.integers(256, size=(40, 50, 3), dtype=np.uint8)).save(path)
+
+    classes = ('apple_pie', 'waffles')  # of Food-101
+    save(*(f'train/{name}/{i}.png' for name in classes for i in range(2)))
+    save(*(f'val/{name}/0.png' for name in classes))
+    save(*(f'images/{name}/{i}.jpg' for name in classes for i in range(3)))
+    lists = {
+        'meta/train.txt': [f'{name}/{i}' for name in classes for i in range(2)],
+        'meta/test.txt': [f'{name}/2' for name in classes],
+    }
+    for domain in ('clipart', 'sketch'):
+        lists[f'{domain}_train.txt'] = [f'train/{name}/0.png {i}' for i, name in enumerate(classes)]
+        lists[f'{domain}_test.txt'] = [f'val/{name}/0.png {i}' for i, name in enumerate(classes)]
+    for name, lines in lists.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text('\n'.join(lines))
     return folder
 
 
 def shrink(cfg: Config, images: Path, work_dir: Path) -> Config:
     """The same run with a tiny model, tiny images and two iterations of two images."""
     cfg.work_dir = str(work_dir)
-    cfg.train_dataloader.update(batch_size=2, num_workers=0, pin_memory=False)
-    cfg.train_dataloader.dataset.data_root = str(images)
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        if name in cfg:
+            cfg[name].update(batch_size=2, num_workers=0, pin_memory=False)
+            cfg[name].persistent_workers = False
+            cfg[name].dataset.data_root = str(images)
+            if cfg[name].dataset.type == 'mmpretrain.ImageNet':  # Food-101's lists are not its
+                cfg[name].dataset.ann_file = f'{cfg[name].dataset.split}_in1k.txt'
+                write_in1k_list(images, cfg[name].dataset.split)
     cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=2)
     cfg.param_scheduler = []
-    cfg.default_hooks.checkpoint.interval = -1
+    cfg.default_hooks.checkpoint = dict(type='CheckpointHook', interval=-1)
     cfg.env_cfg.dist_cfg.backend = 'gloo'
+    if cfg.model.type == 'mmpretrain.ImageClassifier':
+        return shrink_classifier(cfg)
+    if cfg.model.type == 'mmpretrain.MAE':
+        return shrink_mae(cfg)
     dvae = dict(vocab_size=8, codebook_dims=4, hidden_dims=4, num_res_blocks=1)
     if cfg.model.type == 'cae_mm.DiscreteVAE':
         cfg.model.update(dvae)
@@ -60,6 +97,41 @@ def shrink(cfg: Config, images: Path, work_dir: Path) -> Config:
     return cfg
 
 
+def write_in1k_list(images: Path, split: str) -> None:
+    paths = sorted((images / split).glob('*/*.png'))
+    lines = [f'{path.relative_to(images / split)} {i}' for i, path in enumerate(paths)]
+    (images / f'{split}_in1k.txt').write_text('\n'.join(lines))
+
+
+def shrink_classifier(cfg: Config) -> Config:
+    cfg.train_dataloader.dataset.pipeline[1].scale = 48
+    test_pipeline = cfg.test_dataloader.dataset.pipeline
+    test_pipeline[1].scale = test_pipeline[2].crop_size = 48
+    cfg.val_dataloader.dataset.pipeline = test_pipeline
+    backbone = cfg.model.backbone
+    backbone.img_size = 48
+    backbone.pop('init_cfg')
+    if backbone.type == 'cae_mm.CAEViT':
+        backbone.arch = dict(**SMALL, depth=2, layer_scale=0.1)
+    else:
+        backbone.arch = dict(**SMALL, num_layers=2, feedforward_channels=32)
+    if 'frozen_stages' in backbone:
+        backbone.frozen_stages = 2
+    cfg.model.head.in_channels = 16
+    if 'num_heads' in cfg.model.head:
+        cfg.model.head.num_heads = 2
+    return cfg
+
+
+def shrink_mae(cfg: Config) -> Config:
+    cfg.train_dataloader.dataset.pipeline[2]['scale'] = 48
+    arch = dict(**SMALL, num_layers=2, feedforward_channels=32)
+    cfg.model.backbone.update(img_size=48, arch=arch)
+    decoder = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+    cfg.model.neck.update(num_patches=9, embed_dim=16, **decoder)
+    return cfg
+
+
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_config_trains_a_step_when_shrunk(path, images, tmp_path):
     cfg = shrink(Config.fromfile(path), images, tmp_path)
@@ -69,10 +141,13 @@ def test_config_trains_a_step_when_shrunk(path, images, tmp_path):
     before = {name: p.detach().clone() for name, p in runner.model.named_parameters()}
     runner._init_model_weights = lambda: None
     runner.train()
+    if 'test_cfg' in cfg:
+        assert 0 <= runner.test()['accuracy/top1'] <= 100
     loss = runner.message_hub.get_scalar('train/loss')
     assert all(math.isfinite(value) for value in loss.data[0]) and len(loss.data[0]) == 2
     moved = {n for n, p in runner.model.named_parameters() if not torch.equal(p, before[n])}
-    assert moved == {n for n, p in runner.model.named_parameters() if p.requires_grad}
+    trained = {n for n, p in runner.model.named_parameters() if p.requires_grad}
+    assert moved | UNFELT == trained | UNFELT
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -163,3 +238,134 @@ def test_model_index_names_existing_configs():
     assert type(model).__module__ == 'cae_mm.models.cae'
     with torch.no_grad():
         assert model.extract_feat(torch.zeros(1, 3, 224, 224))[0].shape == (1, 197, 192)
+
+
+def evaluation_recipe(path: Path) -> tuple[Config, float, int]:
+    """Config, learning rate of the optimizer, and batch with accumulation of the name's GPUs."""
+    cfg = Config.fromfile(path)
+    gpus = int(re.search(r'_(\d+)xb', path.stem)[1])
+    batch = gpus * cfg.train_dataloader.batch_size
+    assert cfg.auto_scale_lr.base_batch_size == batch  # mmengine does not count accumulation
+    assert f'xb{cfg.train_dataloader.batch_size}-' in path.stem
+    return (
+        cfg,
+        cfg.optim_wrapper.optimizer.lr,
+        batch * cfg.optim_wrapper.get('accumulative_counts', 1),
+    )
+
+
+@pytest.mark.parametrize('path', PROBES, ids=lambda path: path.stem)
+def test_recipe_of_probes(path):
+    """Paper, "Linear Probing" and "Attentive Probing"; the official scripts."""
+    cfg, lr, batch = evaluation_recipe(path)
+    optimizer, (warmup, cosine) = cfg.optim_wrapper.optimizer, cfg.param_scheduler
+    linear = path.parent.name == 'linear'
+    base_lr, base_batch = (6.4, 16384) if linear else (0.4, 8192)
+    assert lr == pytest.approx(base_lr * batch / base_batch)
+    assert optimizer.type == ('cae_mm.LARS' if linear else 'SGD')
+    assert (optimizer.momentum, optimizer.weight_decay) == (0.9, 0.0)
+    assert (cfg.train_cfg.max_epochs, warmup.end, cosine.begin) == (90, 10, 10)
+    backbone, head = cfg.model.backbone, cfg.model.head
+    arch = ARCHS[backbone.arch]
+    assert backbone.frozen_stages == arch['depth'] and 'drop_path_rate' not in backbone
+    assert head.in_channels == arch['embed_dims']
+    assert backbone.out_type == ('cls_token' if linear else 'raw')
+    assert linear or head.num_heads == arch['num_heads']
+    steps = [step['type'] for step in cfg.train_dataloader.dataset.pipeline]
+    assert steps[1:] == [
+        'mmpretrain.RandomResizedCrop',
+        'mmpretrain.RandomFlip',
+        'mmpretrain.PackInputs',
+    ]
+    assert 'augments' not in cfg.model.get('train_cfg', {})
+    preprocessor = cfg.model.data_preprocessor
+    assert preprocessor.mean == [123.675, 116.28, 103.53]  # as in pretraining
+    assert preprocessor.std == [58.395, 57.12, 57.375]
+
+
+@pytest.mark.parametrize('path', FINETUNE, ids=lambda path: path.stem)
+def test_recipe_of_finetuning(path):
+    """Paper, "Fine-tuning", and the official scripts."""
+    cfg, lr, batch = evaluation_recipe(path)
+    optimizer, (warmup, cosine) = cfg.optim_wrapper.optimizer, cfg.param_scheduler
+    epochs, base_lr, decay, drop_path = {
+        'small': (200, 1.6e-2, 0.75, 0.1),
+        'base': (100, 8e-3, 0.65, 0.1),
+        'large': (50, 2e-3, 0.75, 0.2),
+    }[cfg.model.backbone.arch]
+    assert batch == (1024 if 'custom' in path.stem else 4096)
+    assert lr == pytest.approx(base_lr * batch / 4096)
+    assert optimizer.type == 'AdamW' and optimizer.weight_decay == 0.05
+    assert cfg.optim_wrapper.paramwise_cfg == dict(layer_decay_rate=decay)
+    assert cfg.train_cfg.max_epochs == epochs and f'coslr-{epochs}e' in path.stem
+    assert warmup.end == cosine.begin == 5
+    assert warmup.start_factor == cosine.eta_min_ratio == pytest.approx(1e-6 / lr)
+    backbone = cfg.model.backbone
+    assert backbone.use_rel_pos_bias and backbone.drop_path_rate == drop_path
+    assert backbone.out_type == 'avg_featmap'
+    assert cfg.model.head.init_cfg.std == pytest.approx(2e-5)
+    assert cfg.model.head.loss.label_smooth_val == 0.1
+    augments = [(augment.type, augment.alpha) for augment in cfg.model.train_cfg.augments]
+    assert augments == [('mmpretrain.Mixup', 0.8), ('mmpretrain.CutMix', 1.0)]
+    steps = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}
+    jitter = steps['mmpretrain.ColorJitter']
+    assert jitter.brightness == jitter.contrast == jitter.saturation == 0.4
+    assert steps['mmpretrain.RandomErasing'].erase_prob == 0.25
+    assert cfg.model.head.num_classes == cfg.model.data_preprocessor.num_classes
+
+
+def test_finetuning_starts_from_the_pretrained_encoder(images, tmp_path):
+    """Final norm and blocks come from pretraining, position tables start from zero."""
+    pretrained = MODELS.build(
+        dict(
+            type='cae_mm.CAEViT',
+            arch=dict(**SMALL, depth=2, layer_scale=0.1),
+            img_size=32,
+            patch_size=16,
+        )
+    )
+    for param in pretrained.parameters():
+        torch.nn.init.normal_(param)
+    state = {f'backbone.{key}': value for key, value in pretrained.state_dict().items()}
+    torch.save(state, tmp_path / 'pretrained.pth')
+    [path] = [
+        path for path in FINETUNE if path.stem.endswith('base-p16_cae-pre_32xb128-coslr-100e_in1k')
+    ]
+    cfg = shrink(Config.fromfile(path), images, tmp_path)
+    cfg.model.backbone.update(
+        pretrain_img_size=32,
+        init_cfg=dict(
+            type='Pretrained', checkpoint=str(tmp_path / 'pretrained.pth'), prefix='backbone.'
+        ),
+    )
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    loaded = model.backbone.state_dict()
+    for key, value in pretrained.state_dict().items():
+        assert torch.equal(loaded.pop(key), value), key
+    assert len(loaded) == 2 and not any(table.any() for table in loaded.values())
+    assert model.head.fc.weight.abs().max() < 2e-4
+    model.eval()
+    images = torch.randn(2, 3, 48, 48)
+    feature = model.backbone(images)[0]
+    pretrained.norm = torch.nn.Identity()
+    [tokens] = pretrained(images)  # 48 px: positions resized from 2 x 2
+    torch.testing.assert_close(feature, model.backbone.norm(tokens[:, 1:].mean(1)))
+
+
+def test_all_sizes_and_protocols_are_there():
+    names = {path.stem for path in CONFIGS}
+    for size, epochs in (('small', 200), ('base', 100), ('large', 50)):
+        for protocol in (
+            '32xb512-linear-coslr-90e',
+            '8xb512-linear-coslr-90e',
+            '1xb1024-linear-coslr-90e',
+            '32xb256-attentive-coslr-90e',
+            '8xb256-attentive-coslr-90e',
+            '1xb512-attentive-coslr-90e',
+            f'32xb128-coslr-{epochs}e',
+            f'8xb128-accum4-coslr-{epochs}e',
+        ):
+            assert f'vit-{size}-p16_cae-pre_{protocol}_in1k' in names
+    for dataset in ('food101', 'clipart', 'sketch'):
+        assert f'vit-base-p16_cae-pre_32xb128-coslr-100e_{dataset}' in names

@@ -34,7 +34,13 @@ model = dict(
 )
 # no RandAugment: the official scripts leave --aa at its default, which is none
 _base_.train_pipeline[3:3] = [
-    dict(type='mmpretrain.ColorJitter', brightness=0.4, contrast=0.4, saturation=0.4),
+    dict(
+        type='mmpretrain.ColorJitter',
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.4,
+        backend='cv2',  # mmcv's other backend warns each time
+    ),
     dict(
         type='mmpretrain.RandomErasing',
         erase_prob=0.25,

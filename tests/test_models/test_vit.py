@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cae_mm.models import CAEViT
-from cae_mm.models.layers import gather_tokens, split_mask
+from cae_mm.models.layers import gather_tokens, sincos_positions, split_mask
 from cae_mm.models.vit import ARCHS
 
 TOY = dict(embed_dims=16, depth=3, num_heads=2, layer_scale=0.1)
@@ -539,3 +539,68 @@ def test_other_init_cfg_is_refused(init_cfg):
     vit = CAEViT(arch=TOY, img_size=32, patch_size=8, init_cfg=init_cfg)
     with pytest.raises(ValueError, match=r'CAEViT takes init_cfg=dict\(type="Pretrained"'):
         vit.init_weights()
+
+
+# weights of another encoder
+
+
+def test_adapted_weights_of_pretraining():
+    """Relative position tables start from zero, all else is taken over, the input left alone."""
+    pretrained = build().state_dict()
+    vit = build(use_rel_pos_bias=True)
+    state, remarks = vit.adapt_state_dict(pretrained)
+    assert remarks == ['3 relative position tables start from zero']
+    assert len(pretrained) == len(build().state_dict())
+    vit.load_state_dict(state)
+    images = images_of()
+    equal(vit(images)[0], build()(images)[0])
+
+
+def test_adapted_weights_without_final_norm():
+    vit = build(final_norm=False)
+    state, remarks = vit.adapt_state_dict(build().state_dict())
+    assert remarks == ['the final norm is left out: final_norm=False']
+    vit.load_state_dict(state)
+    again, remarks = vit.adapt_state_dict(state)
+    assert again.keys() == state.keys() and remarks == []
+
+
+def test_adapted_tables_are_resized_bicubically():
+    small, large = (build(img_size=size, use_rel_pos_bias=True) for size in (32, 48))
+    state, remarks = large.adapt_state_dict(small.state_dict())
+    assert remarks == ['3 relative position tables are resized bicubically']
+    large.load_state_dict(state)
+    for old, new in zip(small.blocks, large.blocks, strict=True):
+        old, new = (b.attn.relative_position_bias_table.detach() for b in (old, new))
+        equal(new[-3:], old[-3:])  # of the class token
+        offsets = old[:-3].T.view(1, 2, 7, 7)
+        offsets = F.interpolate(offsets, (11, 11), mode='bicubic', align_corners=False)
+        equal(new[:-3], offsets.view(2, -1).T)
+
+
+def test_tables_of_other_grids_cannot_be_guessed():
+    wide = build(img_size=(32, 48), use_rel_pos_bias=True).state_dict()
+    message = (
+        r'blocks.0.attn.relative_position_bias_table has 80 entries.*square grid: set img_size'
+    )
+    with pytest.raises(ValueError, match=message):
+        build(img_size=48, use_rel_pos_bias=True).adapt_state_dict(wide)
+
+
+def test_positions_are_exact_for_the_size_of_pretraining_only():
+    vit = build(img_size=(64, 64), pretrain_img_size=(32, 48))
+    equal(vit.positions((4, 6), torch.device('cpu')), sincos_positions((4, 6), 16))
+    table = sincos_positions((4, 6), 16).T.view(1, 16, 4, 6)
+    resized = F.interpolate(table, (8, 8), mode='bicubic', align_corners=False)
+    equal(vit.positions((8, 8), torch.device('cpu')), resized.view(16, -1).T)
+
+
+@pytest.mark.parametrize('options', [dict(use_rel_pos_bias=True), dict(window_size=2)])
+def test_pretraining_has_no_relative_positions_and_no_windows(options):
+    with pytest.raises(ValueError, match='leave out use_rel_pos_bias and window_size'):
+        build(**options).encode(images_of(), torch.zeros(2, 3, dtype=torch.long))
+
+
+def test_windows_have_no_relative_positions():
+    with pytest.raises(ValueError, match='choose one of the two'):
+        build(use_rel_pos_bias=True, window_size=2)
