@@ -117,7 +117,7 @@ def test_only_the_head_learns_and_the_encoder_stays_in_eval_mode(out_type, head)
     for name, param in model.named_parameters():
         if name.startswith('backbone.'):
             assert param.grad is None and not param.requires_grad, name
-        elif name != 'head.norm_k.bias':  # a shift of all keys changes no softmax
+        elif name not in ('head.norm_k.bias', 'head.attn.proj.bias'):  # shifts that cancel out
             assert param.grad.abs().sum() > 0, name
 
 
