@@ -1,0 +1,253 @@
+"""Every config of mmsegmentation builds, trains a step and is judged when shrunk; recipes hold."""
+
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import Runner
+from PIL import Image
+
+pytest.importorskip(
+    'mmseg.models',
+    reason='needs mmsegmentation: make setup EXTRAS=segmentation',
+    exc_type=ImportError,
+)
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / 'configs' / 'upernet').glob('*.py'))
+RECIPES = [path for path in CONFIGS if '160k' in path.stem]
+BASE = ROOT / 'configs/upernet/cae_vit-base_upernet_8xb2-amp-160k_ade20k-512x512.py'
+CUSTOM = ROOT / 'configs/upernet/cae_vit-base_upernet_1xb4-accum4-amp-20k_custom-512x512.py'
+HEIGHT, WIDTH = 40, 50
+CROP = (64, 64)
+
+
+def name_of(path):
+    return path.stem
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """Two images with masks for training and for validation, as ADE20K's and as own."""
+    root = tmp_path_factory.mktemp('data')
+    rng = np.random.default_rng(0)
+    layouts = {'ade': ('images', 'annotations', 'training', 'validation', 151)}
+    layouts['custom'] = ('images', 'masks', 'train', 'val', 3)
+    for name, (images, masks, *splits, values) in layouts.items():
+        for split in splits:
+            for kind in (images, masks):
+                (root / name / kind / split).mkdir(parents=True)
+            for i in range(2):
+                image = rng.integers(256, size=(HEIGHT, WIDTH, 3), dtype=np.uint8)
+                mask = rng.integers(values, size=(HEIGHT, WIDTH), dtype=np.uint8)
+                Image.fromarray(image).save(root / name / images / split / f'{i}.jpg')
+                Image.fromarray(mask).save(root / name / masks / split / f'{i}.png')
+    return root
+
+
+def shrink(cfg: Config, data: Path, work_dir: Path) -> Config:
+    """The same run with a tiny model, tiny images and two iterations of two images."""
+    cfg.work_dir = str(work_dir)
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        loader = cfg[name]
+        loader.update(num_workers=0, persistent_workers=False)
+        own = loader.dataset.type == 'mmseg.BaseSegDataset'
+        loader.dataset.data_root = str(data / ('custom' if own else 'ade'))
+        for step in loader.dataset.pipeline:
+            if 'scale' in step:
+                step.scale = (4 * CROP[0], CROP[0])
+            if 'crop_size' in step:
+                step.crop_size = CROP
+    cfg.train_dataloader.batch_size = 2
+    cfg.train_cfg.update(max_iters=2, val_interval=2)
+    cfg.default_hooks.checkpoint.interval = 2
+    cfg.env_cfg.dist_cfg.backend = 'gloo'
+    model = cfg.model
+    model.data_preprocessor.update(size=CROP, test_cfg=dict(size=CROP))
+    arch = dict(embed_dims=16, depth=4, num_heads=2, layer_scale=0.1)
+    sizes = dict(img_size=CROP, pretrain_img_size=32)
+    model.backbone.update(arch=arch, out_indices=(0, 1, 2, 3), init_cfg=None, **sizes)
+    model.neck.in_channels = 16
+    model.decode_head.update(in_channels=[16] * 4, channels=8)
+    model.auxiliary_head.update(in_channels=16, channels=8)
+    model.test_cfg.update(crop_size=CROP, stride=(43, 43))
+    return cfg
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=name_of)
+def test_config_trains_and_is_judged_when_shrunk(path, data, tmp_path):
+    cfg = shrink(Config.fromfile(path), data, tmp_path)
+    cfg.optim_wrapper.pop('accumulative_counts', None)
+    cfg.param_scheduler = []
+    runner = Runner.from_cfg(cfg)
+    runner.model.init_weights()
+    before = {name: p.detach().clone() for name, p in runner.model.named_parameters()}
+    runner._init_model_weights = lambda: None
+    runner.train()
+    losses = runner.message_hub.get_scalar('train/loss').data[0]
+    assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
+    moved = {n for n, p in runner.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == before.keys()
+    assert 0 <= runner.message_hub.get_scalar('val/mIoU').current() <= 100
+    assert (tmp_path / 'iter_2.pth').exists()
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=name_of)
+def test_config_builds_at_full_size(path):
+    cfg = Config.fromfile(path)
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+    crop = cfg.model.test_cfg.crop_size
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        maps = model.eval().extract_feat(torch.zeros(1, 3, *crop, device='meta'))
+    width = model.backbone.embed_dims
+    assert [tuple(x.shape) for x in maps] == [
+        (1, width, crop[0] // stride, crop[1] // stride) for stride in (4, 8, 16, 32)
+    ]
+    logits = model.decode_head(maps)
+    classes = 3 if path == CUSTOM else 150
+    assert logits.shape == (1, classes, crop[0] // 4, crop[1] // 4)
+    assert model.auxiliary_head(maps).shape == (1, classes, crop[0] // 16, crop[1] // 16)
+
+
+@pytest.mark.parametrize('path', RECIPES, ids=name_of)
+def test_recipe_of_the_official_code(path):
+    """configs_local/cae/upernet of the official code, and the paper's section on ADE20K."""
+    cfg = Config.fromfile(path)
+    model, wrapper = cfg.model, cfg.optim_wrapper
+    large = 'large' in path.stem
+    width = 1024 if large else 768
+    assert model.backbone.arch == ('large' if large else 'base')
+    assert model.backbone.out_indices == ((7, 11, 15, 23) if large else (3, 5, 7, 11))
+    assert model.backbone.drop_path_rate == (0.15 if large else 0.1)
+    assert (model.backbone.img_size, model.backbone.pretrain_img_size) == (512, 224)
+    assert model.backbone.use_rel_pos_bias and not model.backbone.final_norm
+    assert model.decode_head.channels == width
+    assert model.decode_head.in_channels == [width] * 4
+    assert model.decode_head.pool_scales == (1, 2, 3, 6)
+    assert model.decode_head.loss_decode.loss_weight == 1.0
+    aux = model.auxiliary_head
+    assert (aux.in_index, aux.num_convs, aux.channels) == (2, 1, 256)
+    assert aux.loss_decode.loss_weight == 0.4
+    norm = 'SyncBN' if '8xb2' in path.stem else 'BN'
+    for part in (model.neck, model.decode_head, aux):
+        assert part.norm_cfg.type == norm
+    assert model.test_cfg == dict(mode='slide', crop_size=(512, 512), stride=(341, 341))
+    assert model.data_preprocessor.mean == [123.675, 116.28, 103.53]
+    assert model.data_preprocessor.std == [58.395, 57.12, 57.375]
+
+    epochs = int(model.backbone.init_cfg.checkpoint.split('epoch_')[1].removesuffix('.pth'))
+    assert epochs == int(path.stem.partition('_')[0].removeprefix('cae').strip('-e') or 300)
+    lr = 4e-5 if large else {300: 3e-4, 800: 2e-4, 1600: 1e-4}[epochs]
+    optimizer = wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', lr, 0.05)
+    assert optimizer.betas == (0.9, 0.999)
+    assert wrapper.paramwise_cfg.layer_decay_rate == (0.95 if large else 0.65)
+    assert 'clip_grad' not in wrapper
+    accumulation = wrapper.get('accumulative_counts', 1)
+    gpus = 8 if '8xb2' in path.stem else 1
+    assert gpus * cfg.train_dataloader.batch_size * accumulation == 16
+    assert cfg.auto_scale_lr.base_batch_size * accumulation == 16
+    assert cfg.train_cfg.max_iters == 160_000 * accumulation
+    assert cfg.train_cfg.val_interval == cfg.default_hooks.checkpoint.interval
+    warmup, poly = cfg.param_scheduler
+    assert (warmup.end, poly.end) == (1500 * accumulation + 1, 160_000 * accumulation + 1)
+
+
+def test_learning_rate_is_that_of_mmcv():
+    """The official poly policy with linear warm-up: both factors from the first iteration on."""
+    cfg = Config.fromfile(BASE)
+    param = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([param], lr=3e-4)
+    from mmengine.registry import PARAM_SCHEDULERS
+
+    schedulers = [
+        PARAM_SCHEDULERS.build(scheduler, default_args=dict(optimizer=optimizer))
+        for scheduler in cfg.param_scheduler
+    ]
+    optimizer.step()  # mmengine warns otherwise
+    for i in range(2000):
+        expected = 3e-4 * (1 - i / 160_000)
+        if i < 1500:
+            expected *= 1 - (1 - i / 1500) * (1 - 1e-6)
+        assert optimizer.param_groups[0]['lr'] == pytest.approx(expected, rel=1e-9), i
+        for scheduler in schedulers:
+            scheduler.step()
+
+
+def test_learning_rates_of_the_layers(data, tmp_path):
+    cfg = shrink(Config.fromfile(BASE), data, tmp_path)
+    runner = Runner.from_cfg(cfg)
+    wrapper = runner.build_optim_wrapper(cfg.optim_wrapper)
+    groups = {id(p): group for group in wrapper.optimizer.param_groups for p in group['params']}
+    expected = {
+        'backbone.patch_embed.proj.weight': (0.65**5, 0.05),
+        'backbone.cls_token': (0.65**5, 0),
+        'backbone.blocks.0.attn.qkv.weight': (0.65**4, 0.05),
+        'backbone.blocks.3.mlp.fc1.weight': (0.65, 0.05),
+        'backbone.blocks.3.attn.relative_position_bias_table': (0.65, 0),
+        'backbone.blocks.3.gamma_1': (0.65, 0),
+        'neck.levels.0.0.weight': (1, 0.05),
+        'decode_head.conv_seg.weight': (1, 0.05),
+        'decode_head.conv_seg.bias': (1, 0),
+        'auxiliary_head.conv_seg.weight': (1, 0.05),
+    }
+    params = dict(runner.model.named_parameters())
+    assert len(groups) == len(params)
+    for name, (scale, decay) in expected.items():
+        group = groups[id(params[name])]
+        assert (group['lr'], group['weight_decay']) == pytest.approx((3e-4 * scale, decay)), name
+
+
+@pytest.mark.parametrize(('path', 'ignored'), [(BASE, 0), (CUSTOM, None)], ids=['ade', 'custom'])
+def test_labels_that_the_model_sees(path, ignored, data, tmp_path):
+    """ADE20K's 0 is ignored and 1 becomes 0; an own dataset keeps its values."""
+    cfg = shrink(Config.fromfile(path), data, tmp_path)
+    dataset = Runner.build_dataloader(cfg.val_dataloader).dataset
+    sample = dataset[0]['data_samples']
+    labels = np.array(Image.open(sample.seg_map_path)).astype(int)
+    if ignored is not None:
+        labels = np.where(labels == ignored, 255, labels - 1)
+    assert (sample.gt_sem_seg.data[0].numpy() == labels).all()
+    assert len(dataset.metainfo['classes']) == cfg.model.decode_head.num_classes
+
+
+def test_small_images_are_judged_at_their_own_size(data, tmp_path):
+    """They are filled up to the crop, and what was filled up is cut off again."""
+    cfg = shrink(Config.fromfile(CUSTOM), data, tmp_path)
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = MODELS.build(cfg.model).eval()
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2:]))
+    cfg.test_dataloader.dataset.pipeline[1].scale = (WIDTH, HEIGHT)
+    loader = Runner.build_dataloader(cfg.test_dataloader)
+    with torch.no_grad():
+        [sample] = model.test_step(next(iter(loader)))
+    assert seen == [CROP]
+    assert sample.pred_sem_seg.data.shape == (1, HEIGHT, WIDTH)
+
+
+def test_test_tool_judges_and_paints(data, tmp_path, monkeypatch):
+    """Ground truth at the left, prediction at the right, in exactly the folder that was named."""
+    cfg = shrink(Config.fromfile(CUSTOM), data, tmp_path / 'work')
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = MODELS.build(cfg.model)
+    torch.save(model.state_dict(), tmp_path / 'weights.pth')
+    cfg.dump(tmp_path / 'config.py')
+    options = ['config.py', 'weights.pth', '--out', 'metrics.json', '--show-dir', 'shown']
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['test.py', *options])
+    runpy.run_path(str(ROOT / 'tools' / 'test.py'), run_name='__main__')
+    assert 0 <= json.loads(Path('metrics.json').read_text())['mIoU'] <= 100
+    pictures = sorted(Path('shown').iterdir())
+    assert len(pictures) == 2
+    for picture in pictures:
+        with Image.open(picture) as image:
+            assert image.size == (2 * WIDTH, HEIGHT)
