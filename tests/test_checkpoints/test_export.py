@@ -1,0 +1,247 @@
+"""Weights of ours, carried out, compute the same in the networks of others."""
+
+import builtins
+import json
+import re
+import sys
+from dataclasses import replace
+
+import official_reference as official
+import pytest
+import torch
+from mmengine.registry import MODELS
+
+import cae_mm.checkpoints.export as export_module
+from cae_mm.checkpoints.convert import convert_checkpoint
+from cae_mm.checkpoints.export import TARGETS, export_checkpoint
+from cae_mm.checkpoints.files import read_state_dict
+from cae_mm.models import CAEViT
+
+IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+OPTIONS = dict(num_heads=3, img_size=12)
+
+
+def build(pooled=False, **options):
+    arch = dict(embed_dims=24, depth=2, num_heads=3, layer_scale=0.1)
+    options = dict(img_size=12, use_rel_pos_bias=pooled) | options
+    model = CAEViT(
+        arch=arch, patch_size=4, out_type='avg_featmap' if pooled else 'raw', **options
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, param in model.named_parameters():
+        noise = torch.randn(param.shape, generator=generator)
+        param.data.copy_(0.3 * noise + (param.ndim == 1 and 'weight' in name))
+    return model
+
+
+def save(model, path, **more):
+    state = {f'backbone.{k}': v for k, v in model.state_dict().items()}
+    torch.save({'state_dict': state | more, 'meta': {}}, path)
+    return path
+
+
+def load_mmpretrain(usage, path):
+    import mmpretrain.models  # noqa: F401  registers it
+
+    config = eval(usage.removeprefix('backbone='))  # what the tool prints for a config
+    model = MODELS.build(config)
+    state = read_state_dict(path)
+    model.load_state_dict(
+        {k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')}
+    )
+    return model, lambda images: model(images)[0]
+
+
+def load_timm(usage, path):
+    timm = pytest.importorskip('timm')
+    model = timm.create_model(re.search(r"'(local-dir:.*?)'", usage)[1], pretrained=True)
+
+    def features(images):
+        tokens = model.forward_features(images)
+        pooled = model.global_pool == 'avg'
+        return model.forward_head(tokens, pre_logits=True) if pooled else tokens
+
+    return model, features
+
+
+def load_huggingface(usage, path):
+    transformers = pytest.importorskip('transformers')
+    model, info = transformers.BeitModel.from_pretrained(path, output_loading_info=True)
+    assert not any(info.values())
+
+    def features(images):
+        output = model(images)
+        return output.pooler_output if model.config.use_mean_pooling else output.last_hidden_state
+
+    return model, features
+
+
+LOADERS = dict(mmpretrain=load_mmpretrain, timm=load_timm, huggingface=load_huggingface)
+
+
+@pytest.mark.parametrize('pooled', [False, True], ids=['pretrained', 'fine-tuned'])
+@pytest.mark.parametrize('target', list(LOADERS))
+def test_features_are_the_same_there(tmp_path, target, pooled):
+    if target != 'mmpretrain':
+        pytest.importorskip('timm' if target == 'timm' else 'transformers')
+    ours = build(pooled)
+    path = save(ours, tmp_path / 'own.pth')
+    result = export_checkpoint(path, tmp_path / 'out', target, **OPTIONS)
+    assert result.path.name == 'out_encoder' + TARGETS[target].suffix
+    assert result.errors[torch.float64] <= 1e-9 and result.errors[torch.float32] <= 1e-5
+    assert any('--pool' in remark for remark in result.remarks)
+    theirs, features = LOADERS[target](result.usage, result.path)
+    theirs.eval()
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-9)):
+        want = ours.to(dtype)(IMAGES.to(dtype))[0]
+        theirs.to(dtype)
+        have = features(IMAGES.to(dtype))
+        torch.testing.assert_close(have, want, rtol=0, atol=tolerance * want.abs().max().item())
+    back = convert_checkpoint(result.path, tmp_path / 'back', num_heads=3)
+    for key, value in ours.state_dict().items():
+        assert torch.equal(back.state[f'backbone.{key}'], value.float())
+    assert back.metadata['encoder']['pooled_norm'] == pooled
+
+
+@pytest.mark.parametrize('state', [official.pretraining_state(24, 12), official.finetuned_state()])
+def test_official_weights_come_back_bit_for_bit(tmp_path, state):
+    torch.save({'model': state}, tmp_path / 'a.pth')
+    ours = convert_checkpoint(tmp_path / 'a.pth', tmp_path / 'ours', num_heads=3, decoder_heads=3)
+    result = export_checkpoint(ours.path, tmp_path / 'theirs', 'official')
+    assert result.path == tmp_path / 'theirs_full.pth' and not result.remarks
+    back = torch.load(result.path, weights_only=True)['model']
+    assert back.keys() == state.keys()
+    for key, value in state.items():
+        if 'pos_embed' in key:  # ours is computed, in another order of operations
+            torch.testing.assert_close(back[key], value, rtol=0, atol=1e-6)
+        else:
+            assert torch.equal(back[key], value), key
+
+
+def test_official_encoder_alone(tmp_path):
+    path = save(build(), tmp_path / 'own.pth')
+    result = export_checkpoint(path, tmp_path, 'official', **OPTIONS)
+    assert result.path == tmp_path / 'own_encoder.pth' and result.errors == {}
+    state = torch.load(result.path, weights_only=True)['model']
+    want = {k for k in official.pretraining_state() if k.startswith('encoder.')}
+    assert state.keys() == want
+
+
+@pytest.mark.parametrize('target', ['mmpretrain', 'timm'])
+def test_a_classifier_goes_with_its_head(tmp_path, target):
+    if target == 'timm':
+        pytest.importorskip('timm')
+    head = {'head.fc.weight': torch.randn(5, 24), 'head.fc.bias': torch.randn(5)}
+    path = save(build(pooled=True), tmp_path / 'own.pth', **head)
+    result = export_checkpoint(path, tmp_path / 'out', target, **OPTIONS)
+    assert result.path.name.startswith('out_full')
+    model, _ = LOADERS[target](result.usage, result.path)
+    if target == 'timm':
+        assert torch.equal(model.head.weight, head['head.fc.weight'])
+    else:
+        assert torch.equal(read_state_dict(result.path)['head.fc.bias'], head['head.fc.bias'])
+    alone = export_checkpoint(path, tmp_path / 'out', target, part='encoder', **OPTIONS)
+    assert alone.path.name.startswith('out_encoder')
+    assert [(row.ours, row.count) for row in alone.rows if row.theirs == '(left out)'] == [
+        ('head.{rest}', 2)
+    ]
+
+
+def test_hugging_face_gets_no_head_and_says_so(tmp_path):
+    pytest.importorskip('transformers')
+    path = save(build(pooled=True), tmp_path / 'own.pth', **{'head.fc.bias': torch.ones(5)})
+    result = export_checkpoint(path, tmp_path / 'out', 'huggingface', **OPTIONS)
+    assert result.rows[-1].ours == 'head.{rest}' and result.rows[-1].note == 'not exported'
+    config = json.loads((result.path / 'config.json').read_text())
+    assert config['layer_norm_eps'] == 1e-6 and config['use_mean_pooling']
+
+
+def test_positions_resized_from_another_size_go_along(tmp_path):
+    model = build(img_size=(12, 20), pretrain_img_size=56)
+    state = {f'backbone.{k}': v for k, v in model.state_dict().items()}
+    from cae_mm.checkpoints.convert import fixed_tensors
+    from cae_mm.checkpoints.files import write_safetensors
+
+    sizes = dict(
+        embed_dims=24,
+        depth=2,
+        num_heads=3,
+        mlp_ratio=4.0,
+        patch_size=4,
+        in_channels=3,
+        img_size=[12, 20],
+        pretrain_img_size=[56, 56],
+        use_rel_pos_bias=False,
+        final_norm=True,
+        pooled_norm=False,
+    )
+    write_safetensors(tmp_path / 'a.safetensors', state, {'encoder': sizes})
+    result = export_checkpoint(tmp_path / 'a.safetensors', tmp_path / 'b', 'mmpretrain')
+    assert not result.remarks
+    table = read_state_dict(result.path)['backbone.pos_embed']
+    want = model.positions((3, 5), torch.device('cpu'))
+    assert torch.equal(table[0, 1:], want) and not table[0, 0].any()
+    assert torch.equal(table, fixed_tensors({'encoder': sizes})['positions'])
+    pytest.importorskip('transformers')
+    with pytest.raises(ValueError, match='takes square images only'):
+        export_checkpoint(tmp_path / 'a.safetensors', tmp_path / 'b', 'huggingface')
+
+
+def test_dense_prediction_without_final_norm(tmp_path):
+    path = save(build(final_norm=False), tmp_path / 'own.pth')
+    result = export_checkpoint(path, tmp_path / 'out', 'mmpretrain', **OPTIONS)
+    assert "'final_norm': False" in result.usage
+    pytest.importorskip('timm')
+    with pytest.raises(ValueError, match='has no final norm .* the network there always does'):
+        export_checkpoint(path, tmp_path / 'out', 'timm', **OPTIONS)
+
+
+def test_other_features_are_found_and_nothing_is_written(tmp_path, monkeypatch):
+    target = TARGETS['mmpretrain']
+    features = target.features
+    worse = replace(target, features=lambda *args: features(*args) * (1 + 1e-7))
+    monkeypatch.setitem(TARGETS, 'mmpretrain', worse)
+    path = save(build(), tmp_path / 'own.pth')
+    with pytest.raises(RuntimeError, match='gives other features in torch.float64: .* 1e-0[78] '):
+        export_checkpoint(path, tmp_path / 'out', 'mmpretrain', **OPTIONS)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_changed_way_back_is_found(tmp_path, monkeypatch):
+    def translate(state, *args, **kwargs):
+        return {key: value + 1 for key, value in state.items()}, {}, [], []
+
+    monkeypatch.setattr(export_module, 'translate', translate)
+    path = save(build(), tmp_path / 'own.pth')
+    with pytest.raises(RuntimeError, match='the way back from official names gives other weights'):
+        export_checkpoint(path, tmp_path / 'out', 'official', **OPTIONS)
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    original = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.split('.')[0] in ('timm', 'transformers'):
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, '__import__', without)
+    path = save(build(), tmp_path / 'own.pth')
+    for target, package in (('timm', 'timm'), ('huggingface', 'transformers')):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ImportError, match=f'{package} is needed for this: pip install -c'):
+            export_checkpoint(path, tmp_path / 'out', target, **OPTIONS)
+
+
+def test_arguments_that_make_no_sense(tmp_path):
+    path = save(build(), tmp_path / 'own.pth')
+    with pytest.raises(ValueError, match="Unknown target 'onnx': choose one of"):
+        export_checkpoint(path, tmp_path, 'onnx')
+    with pytest.raises(ValueError, match="Unknown part 'all': choose one of"):
+        export_checkpoint(path, tmp_path, 'official', part='all')
+    with pytest.raises(ValueError, match='does not tell the number of heads: give --num-heads'):
+        export_checkpoint(path, tmp_path, 'official')
+    torch.save({'cls_token': torch.zeros(1, 1, 24)}, path)
+    message = "no 'backbone.cls_token'. Weights of others are brought in with tools/convert_check"
+    with pytest.raises(ValueError, match=message):
+        export_checkpoint(path, tmp_path, 'official')
