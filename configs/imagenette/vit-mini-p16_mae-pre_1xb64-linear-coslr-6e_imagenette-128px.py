@@ -1,6 +1,6 @@
 """The same probe of mmpretrain's MAE."""
 
-_base_ = './vit-mini-p16_cae-pre_1xb64-attentive-coslr-10e_imagenette-128px.py'
+_base_ = './vit-mini-p16_cae-pre_1xb64-linear-coslr-6e_imagenette-128px.py'
 
 model = dict(
     backbone=dict(

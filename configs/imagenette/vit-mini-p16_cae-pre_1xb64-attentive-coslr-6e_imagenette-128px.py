@@ -1,6 +1,6 @@
 """Attentive probe for the comparison on Imagenette."""
 
-_base_ = './vit-mini-p16_cae-pre_1xb64-linear-coslr-10e_imagenette-128px.py'
+_base_ = './vit-mini-p16_cae-pre_1xb64-linear-coslr-6e_imagenette-128px.py'
 
 model = dict(
     backbone=dict(out_type='raw'), head=dict(type='cae_mm.AttentiveProbeHead', num_heads=3)
