@@ -9,4 +9,4 @@ default_hooks = dict(
 )
 _base_.custom_hooks.append(dict(type='NumClassCheckHook'))  # heads against the dataset's classes
 env_cfg = dict(cudnn_benchmark=False)
-visualizer = dict(type='DetLocalVisualizer', name='visualizer')
+visualizer = dict(type='DetLocalVisualizer')
