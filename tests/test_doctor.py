@@ -86,6 +86,37 @@ def test_weights(tmp_path):
     assert doctor.check_weights(tmp_path).rows == [('dalle_encoder.pth', '1.5 MiB')]
 
 
+def test_config_is_linted(capsys):
+    config = ROOT / 'configs/pretrain/cae-rgb_vit-base-p16_32xb64-amp-coslr-300e_in1k.py'
+    options = [
+        '--cfg-options',
+        'model.backbone.img_size=256',
+        f'train_dataloader.dataset.data_root={ROOT}',
+    ]
+    assert doctor.main([str(config), '--gpus', '32', *options]) == 1
+    report = capsys.readouterr().out
+    assert report.startswith(f'{config} on 32 GPUs\nerror    ')
+    assert 'view 1 has 224x224 pixels, but model.backbone.img_size says 256x256' in report
+    assert f'{ROOT}/train does not exist' in report
+    assert ', 0 warnings, 0 notes' in report
+
+
+def test_checkpoint_is_linted(capsys, tmp_path):
+    config = ROOT / 'configs/linear/vit-base-p16_cae-pre_1xb1024-linear-coslr-90e_in1k.py'
+    path = tmp_path / 'notes.pth'
+    path.write_text('no checkpoint')
+    assert doctor.main([str(config), str(path), '--gpus', '1']) == 1
+    assert f'error    CHECKPOINT = {path}\n' in capsys.readouterr().out
+
+
+def test_config_needs_the_environment(capsys, without):
+    without('safetensors')
+    assert doctor.main(['config.py']) == 1
+    report = capsys.readouterr().out
+    assert 'safetensors is missing\n' in report
+    assert 'config.py' not in report
+
+
 def test_runs_on_a_bare_python():
     command = [sys.executable, '-S', '-m', 'cae_mm.doctor']  # -S: no site-packages
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -93,3 +124,6 @@ def test_runs_on_a_bare_python():
     assert result.stderr == ''
     assert 'unknown: torch cannot be imported' in result.stdout
     assert f'mmcv is missing\n    {sys.executable} -m pip install "onedl-mmcv' in result.stdout
+    result = subprocess.run([*command, 'config.py'], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (1, '')
+    assert 'mmcv is missing' in result.stdout

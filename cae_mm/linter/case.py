@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, MODELS, TRANSFORMS, DefaultScope, Registry
 from mmengine.runner import Runner
 from torch import nn
@@ -227,13 +227,6 @@ def walk(node: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from walk(value, f'{key}.{i}')
 
 
-def explain(error: Exception) -> str:
-    """What was raised, without the classes that mmengine puts before it."""
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    text = re.sub(r'class `\w+` in \S+: ', '', text).split('. More details')[0]
-    return ' '.join(text.split()) or type(error).__name__
-
-
 def shorten(value: Any) -> str:
     """One line of text for a value; of a dict with a type only that."""
     if value is None:
@@ -247,14 +240,15 @@ def shorten(value: Any) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep logs and warnings of what is imported and built to itself."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
+    logger = MMLogger.get_current_instance()  # has a cache that logging.disable does not reach
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             yield
     finally:
-        logging.disable(disabled)
+        logger.setLevel(level)
 
 
 def _innermost(node: dict[str, Any], key: str) -> Iterator[tuple[str, dict[str, Any]]]:

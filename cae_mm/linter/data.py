@@ -6,7 +6,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cae_mm.linter.case import Case, Finding, explain
+from cae_mm.linter.case import Case, Finding
+from cae_mm.linter.failures import explain, failure
 
 SMALL_LIST = 2**20  # bytes; longer lists of images are not read
 
@@ -20,8 +21,7 @@ def check_data(case: Case) -> Iterator[Finding]:
             continue  # not on this machine
         dataset = case.build_dataset(node)
         if isinstance(dataset, Exception):
-            text = explain(dataset)
-            yield case.found('error', f'{key}.type', text, 'mend it as the message says')
+            yield failure(case, key, dataset)
             continue
         missing = list(_missing(case, key, dataset))
         yield from missing

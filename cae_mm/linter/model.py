@@ -1,7 +1,6 @@
 """Types and keys, whether all can be built, and what belongs together in the model."""
 
 import difflib
-import re
 from collections.abc import Iterator
 from inspect import Parameter, signature
 from typing import Any
@@ -10,7 +9,8 @@ from mmengine.registry import Registry
 
 from cae_mm import registry as own_registries
 from cae_mm.datasets import CAEMaskGenerator, TwoViewResizedCrop
-from cae_mm.linter.case import Case, Finding, explain, quiet
+from cae_mm.linter.case import Case, Finding, quiet
+from cae_mm.linter.failures import explain, failure
 from cae_mm.models import AttentiveProbeHead, LinearProbeHead
 from cae_mm.models.layers import Grid
 from cae_mm.models.targets import RGBTarget
@@ -92,8 +92,7 @@ def check_model(case: Case) -> Iterator[Finding]:
             'python -m cae_mm.doctor tells how to install it',
         )
     if isinstance(case.built, Exception):
-        key = _blamed(case, case.built)
-        yield case.found('error', key, _message(case.built), 'mend it as the message says')
+        yield failure(case, 'model', case.built)
         yield Finding(
             'note',
             'model',
@@ -102,30 +101,11 @@ def check_model(case: Case) -> Iterator[Finding]:
         )
 
 
-def _message(error: Exception) -> str:
-    owner = re.findall(r'class `(\w+)` in ', str(error))
-    return f'{owner[-1]}: {explain(error)}' if owner else explain(error)
-
-
-def _blamed(case: Case, error: Exception) -> str:
-    """The key of the model that an exception speaks of, as far as it can be found."""
-    text = explain(error)
-    for name in re.findall(r'[a-z]\w*(?:\.\w+)+', text):
-        if case.get(f'model.{name}') is not None:
-            return f'model.{name}'
-    owner = (re.findall(r'class `(\w+)` in ', str(error)) or [''])[-1]
-    types = [key for key, node in case.typed if str(node['type']).rpartition('.')[2] == owner]
-    key = next((key for key in types if key.startswith('model')), 'model')
-    argument = re.search(r"unexpected keyword argument '(\w+)'|^(\w+) must be|Unknown (\w+)", text)
-    name = next(filter(None, argument.groups()), '') if argument else ''
-    return f'{key}.{name}' if case.get(f'{key}.{name}') is not None else key
-
-
 def check_transforms(case: Case) -> Iterator[Finding]:
     """Whether the steps of the pipelines can be built."""
     for key, built in case.transforms.items():
         if isinstance(built, Exception):
-            yield case.found('error', key, _message(built), 'mend it as the message says')
+            yield failure(case, key, built)
 
 
 def check_views(case: Case) -> Iterator[Finding]:

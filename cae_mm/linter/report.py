@@ -9,7 +9,8 @@ from typing import Any
 from mmengine.config import DictAction
 
 from cae_mm.linter import data, model, training, weights
-from cae_mm.linter.case import LEVELS, Case, Finding, Machine, explain
+from cae_mm.linter.case import LEVELS, Case, Finding, Machine
+from cae_mm.linter.failures import explain
 
 CHECKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
     model.check_types,
@@ -82,7 +83,8 @@ def main(config: Path, checkpoint: Path | None, gpus: int | None, options: Seque
     for finding in findings:
         print(format_finding(finding))
     counts = [sum(finding.level == level for finding in findings) for level in LEVELS]
-    print(', '.join(f'{count} {level}s' for count, level in zip(counts, LEVELS, strict=True)))
+    words = [level if n == 1 else f'{level}s' for n, level in zip(counts, LEVELS, strict=True)]
+    print(', '.join(f'{n} {word}' for n, word in zip(counts, words, strict=True)))
     return int(counts[0] > 0)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 
-from cae_mm.linter.case import Case, Finding, explain, get
+from cae_mm.linter.case import Case, Finding, get
+from cae_mm.linter.failures import failure
 
 MAX_FACTOR = 1.5  # by which learning rate per image may differ from the recipe's
 
@@ -92,7 +93,7 @@ def check_optimizer(case: Case) -> Iterator[Finding]:
     get(wrapper, 'optimizer', {}).pop('fused', None)  # needs parameters with memory
     built = case.attempt(lambda: build_optim_wrapper(case.model, wrapper))
     if isinstance(built, Exception):
-        yield case.found('error', 'optim_wrapper', explain(built), 'mend it as the message says')
+        yield failure(case, 'optim_wrapper', built)
 
 
 def check_precision(case: Case) -> Iterator[Finding]:

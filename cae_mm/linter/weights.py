@@ -27,7 +27,8 @@ from cae_mm.checkpoints.loading import (
     compare_keys,
     explain_mismatch,
 )
-from cae_mm.linter.case import Case, Finding, explain, get
+from cae_mm.linter.case import Case, Finding, get
+from cae_mm.linter.failures import explain
 from cae_mm.models import CAEDataPreprocessor, CAEViT, DALLEEncoder, DiscreteVAE
 from cae_mm.models.layers import to_pair
 from cae_mm.models.vit import ARCHS
@@ -179,8 +180,8 @@ def check_weights(case: Case) -> Iterator[Finding]:
             remedy = 'tools/convert_checkpoint.py --help tells which files can be converted'
             yield _found(case, load, 'error', explain(checkpoint), remedy)
         elif module is not None:
-            yield from _check_fit(case, load, module, checkpoint)
-            yield from _check_heads(case, load, module, checkpoint)
+            misfits = list(_check_fit(case, load, module, checkpoint))
+            yield from misfits or _check_heads(case, load, checkpoint)
 
 
 def _module(case: Case, load: Load) -> nn.Module | None:
@@ -251,11 +252,11 @@ def _remedy(load: Load, module: nn.Module, state: dict[str, Tensor], match: KeyM
                 f'only its encoder fits: leave out {load.key} and set model.backbone.init_cfg=dict('
                 f"type='Pretrained', checkpoint={load.path!r}, prefix='backbone.')"
             )
-    if not match.matched:
-        return 'set init_cfg.prefix to what its keys begin with, before the names of the module'
     made_for = _describe(state) or _describe(_without_prefix(state, 'backbone.'))
     if match.reshaped and made_for:
         return f'the file holds an encoder with {made_for}: set arch and patch_size accordingly'
+    if not match.matched:
+        return f'give weights of {type(module).__name__}, and init_cfg.prefix as their keys begin'
     return 'use the config that the file was made with'
 
 
@@ -279,14 +280,13 @@ def _without_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-def _check_heads(
-    case: Case, load: Load, module: nn.Module, checkpoint: Checkpoint
-) -> Iterator[Finding]:
+def _check_heads(case: Case, load: Load, checkpoint: Checkpoint) -> Iterator[Finding]:
     """Compare the number of heads, which no shape tells."""
     if case.encoder is None or load.module not in ('', 'backbone'):
         return
-    arch = get(checkpoint.config, 'model.backbone.arch')
-    arch = ARCHS.get(arch, {}) if isinstance(arch, str) else arch
+    backbone = get(checkpoint.config, 'model.backbone', {})
+    arch = backbone.get('arch', 'base') if backbone.get('type') == 'cae_mm.CAEViT' else None
+    arch = ARCHS.get(arch) if isinstance(arch, str) else arch
     made_with = get(checkpoint.metadata, 'encoder.num_heads') or get(arch, 'num_heads')
     heads: Any = case.encoder.blocks[0].attn.num_heads  # type: ignore[union-attr]
     if made_with and made_with != heads:
@@ -307,9 +307,15 @@ def find_encoder_load(case: Case) -> Load | None:
 
 
 def _open(load: Load | None) -> Checkpoint | None:
-    """What is in the file, if it can be read; ``check_weights`` reports if it cannot."""
+    """What is in the file, if that is an encoder; ``check_weights`` reports what else it is."""
     checkpoint = read_checkpoint(load.path) if load else None
-    return checkpoint if isinstance(checkpoint, Checkpoint) else None
+    if load is None or not isinstance(checkpoint, Checkpoint):
+        return None
+    return checkpoint if f'{_encoder_prefix(load)}cls_token' in checkpoint.state else None
+
+
+def _encoder_prefix(load: Load) -> str:
+    return load.prefix if load.module else 'backbone.'
 
 
 def check_layer_scale(case: Case) -> Iterator[Finding]:
@@ -321,8 +327,7 @@ def check_layer_scale(case: Case) -> Iterator[Finding]:
     checkpoint = _open(load)
     if load is None or checkpoint is None or not case.pretrains:
         return
-    prefix = load.prefix if load.module else 'backbone.'
-    gamma = checkpoint.state.get(f'{prefix}blocks.0.gamma_1')
+    gamma = checkpoint.state.get(f'{_encoder_prefix(load)}blocks.0.gamma_1')
     if gamma is None:
         return
     arch = case.get('model.backbone.arch', 'base')
