@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 METADATA = 'cae_mm'  # key of our metadata in a safetensors file
@@ -94,11 +94,14 @@ def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return call
 
 
-def _history_statistic(owner: Any, name: str) -> str:
-    """Stand for ``getattr(HistoryBuffer, 'mean')``, the only getattr in a Runner's checkpoint."""
-    if owner is not HistoryBuffer:
-        raise ValueError(f'getattr of {owner}')
-    return name
+def _history_statistic(owner: Any, name: str) -> Callable[..., Any]:
+    """Stand for ``getattr(HistoryBuffer, 'mean')``, the only getattr in a Runner's checkpoint.
+
+    What it returns becomes the method of all history buffers, the running log's too.
+    """
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
+        raise ValueError(f'getattr of {owner}, {name}')
+    return getattr(HistoryBuffer, name)
 
 
 # what mmengine's Runner puts beside the weights: the history of logged numbers, in numpy arrays
@@ -137,7 +140,8 @@ def write_safetensors(
     unfinished = path.with_name(path.name + '.unfinished')
     header = {'format': 'pt'} | ({METADATA: json.dumps(metadata)} if metadata else {})
     try:
-        save_file({k: v.contiguous() for k, v in state.items()}, unfinished, metadata=header)
+        data = save({k: v.contiguous() for k, v in state.items()}, metadata=header)
+        unfinished.write_bytes(data)  # save_file would leave it readable to its owner alone
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -1,0 +1,35 @@
+"""Reading files as plain data: what a Runner's checkpoint holds beside the weights."""
+
+import pytest
+import torch
+from mmengine.logging import HistoryBuffer
+
+from cae_mm.checkpoints.files import HARMLESS, read_plain_pickle, read_state_dict
+
+
+def test_history_is_read_and_the_running_log_stays_whole(tmp_path):
+    """A history that is unpickled gives its statistics to all histories, so mmengine does it."""
+    path = tmp_path / 'epoch_1.pth'
+    history = HistoryBuffer([1.0, 4.0], [1, 1])
+    torch.save(dict(state_dict={}, message_hub=dict(log_scalars={'train/loss': history})), path)
+    assert read_state_dict(path) == {}
+    running = HistoryBuffer([2.0, 4.0], [1, 1])
+    values = {name: running.statistics(name) for name in ('min', 'max', 'mean', 'current')}
+    assert values == {'min': 2, 'max': 4, 'mean': 3, 'current': 4}
+    content = read_plain_pickle(path, HARMLESS)
+    assert content['message_hub']['log_scalars']['train/loss'].statistics('mean') == 2.5
+
+
+class Getattr:
+    def __init__(self, *args):
+        self.args = args
+
+    def __reduce__(self):
+        return getattr, self.args
+
+
+@pytest.mark.parametrize('args', [(HistoryBuffer, 'update'), (HistoryBuffer, '__init__')])
+def test_no_other_attribute_can_be_fetched(tmp_path, args):
+    torch.save(dict(state_dict={}, other=Getattr(*args)), tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match='a.pth was refused, nothing in it was executed: getattr'):
+        read_state_dict(tmp_path / 'a.pth')
