@@ -5,7 +5,7 @@ For looking at everything once, and for overfitting a few images (docs/segmentat
 
 _base_ = './cae_vit-base_upernet_8xb2-amp-160k_ade20k-512x512.py'
 
-dims, crop_size, updates, warmup = 192, (256, 256), 400, 40
+dims, crop_size, updates, warmup = 192, (256, 256), 300, 30
 scale = (1024, 256)
 weights = 'work_dirs/cae-dvae_vit-mini-p16_1xb64-amp-coslr-15e_imagenette-128px/epoch_15.pth'
 
@@ -20,7 +20,7 @@ model = dict(
         init_cfg=dict(checkpoint=weights),
     ),
     neck=dict(in_channels=dims, norm_cfg=dict(type='BN')),
-    decode_head=dict(in_channels=[dims] * 4, channels=dims, norm_cfg=dict(type='BN')),
+    decode_head=dict(in_channels=[dims] * 4, channels=64, norm_cfg=dict(type='BN')),
     auxiliary_head=dict(in_channels=dims, channels=64, norm_cfg=dict(type='BN')),
     test_cfg=dict(crop_size=crop_size, stride=(171, 171)),
 )
@@ -34,4 +34,4 @@ optim_wrapper = dict(optimizer=dict(lr=1e-3))
 _base_.param_scheduler[0].end = warmup + 1
 _base_.param_scheduler[1].end = updates + 1
 train_cfg = dict(max_iters=updates, val_interval=updates)
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=updates))
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=updates))
