@@ -527,7 +527,7 @@ def test_normalization_other_than_in_pretraining(classifier, pretrained, change,
     finding = only(check(classifier, **options), 'warning', 'model.data_preprocessor')
     assert text.replace('\\', '') in finding.text
     assert 'epoch_1.pth was made with mean=[123.675, 116.28, 103.53]' in finding.text
-    content = torch.load(pretrained)
+    content = torch.load(pretrained, weights_only=True)
     torch.save(content['state_dict'], pretrained)  # nothing says how it was made
     options['model__backbone__pretrain_img_size'] = SIDE
     finding = only(check(classifier, **options), 'warning', 'model.data_preprocessor')
@@ -537,7 +537,7 @@ def test_normalization_other_than_in_pretraining(classifier, pretrained, change,
 def test_normalization_of_own_pretraining(classifier, pretraining, pretrained):
     cfg = read(pretraining)
     cfg.model.data_preprocessor.mean = [1.0, 2.0, 3.0]
-    content = torch.load(pretrained)
+    content = torch.load(pretrained, weights_only=True)
     content['meta']['cfg'] = text_of(cfg)
     torch.save(content, pretrained)
     finding = only(check(classifier), 'warning', 'model.data_preprocessor')
@@ -570,7 +570,7 @@ def test_positions_of_another_size(classifier, pretrained):
     assert check(classifier, **named) == []
     named['model__backbone__pretrain_img_size'] = 24
     only(check(classifier, **named), 'error', 'model.backbone.pretrain_img_size')
-    torch.save(torch.load(pretrained)['state_dict'], pretrained)
+    torch.save(torch.load(pretrained, weights_only=True)['state_dict'], pretrained)
     finding = only(check(classifier), 'note', 'model.backbone.img_size')
     assert 'does not say its size of pretraining' in finding.text
     assert check(classifier, model__backbone__pretrain_img_size=16) == []
@@ -663,7 +663,7 @@ def test_config_text_of_the_runner_is_read(path):
 
 @pytest.mark.parametrize('text', ['def', '(' * 5000, 'x = ' + '-' * 100_000 + '1', 7])
 def test_broken_config_text_counts_as_none(classifier, pretrained, text):
-    content = torch.load(pretrained)
+    content = torch.load(pretrained, weights_only=True)
     content['meta']['cfg'] = text
     torch.save(content, pretrained)
     only(check(classifier), 'note', 'model.backbone.img_size')  # it does not say its size
@@ -742,7 +742,7 @@ def test_whole_classifier_to_be_tested(classifier, tmp_path):
 
 @pytest.mark.parametrize(('gamma', 'level'), [(1e-3, 'warning'), (2.0, 'note'), (0.3, None)])
 def test_layer_scale(pretraining, pretrained, gamma, level):
-    content = torch.load(pretrained)
+    content = torch.load(pretrained, weights_only=True)
     content['state_dict']['backbone.blocks.0.gamma_1'].fill_(-gamma)
     torch.save(content, pretrained)
     findings = check(pretraining, checkpoint=pretrained)
@@ -754,7 +754,7 @@ def test_layer_scale(pretraining, pretrained, gamma, level):
 
 
 def test_layer_scale_of_the_arch_does_not_matter_downstream(classifier, pretrained):
-    content = torch.load(pretrained)
+    content = torch.load(pretrained, weights_only=True)
     content['state_dict']['backbone.blocks.0.gamma_1'].fill_(1e-4)
     torch.save(content, pretrained)
     assert check(classifier) == []
