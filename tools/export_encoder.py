@@ -21,6 +21,7 @@ from cae_mm.models.vit import OUT_TYPES
 OPSET = 17  # the highest that the exporter of torch 2.4 knows in full
 MAX_DIFFERENCE = 1e-4  # of the largest value
 ONNX_LIMIT = 2**31  # bytes, protobuf's
+MAX_BATCH = 2**20  # torch 2.4 wants a bound where there are windows
 BATCH_SIZES = (1, 3)  # other than the 2 that the graph is made with
 
 Run = Callable[[Tensor], list[Tensor]]
@@ -75,12 +76,15 @@ def output_names(backbone: CAEViT) -> list[str]:
 
 def export_program(model: ExportedEncoder, images: Tensor, path: Path) -> Run:
     """Write a program of torch.export with dynamic batch, and read it back."""
-    program = torch.export.export(
-        model, (images,), dynamic_shapes={'images': {0: Dim('batch')}}, strict=False
-    )
-    torch.export.save(program, path)
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'The given buffer is not writable')  # torch's own
+        warnings.simplefilter('ignore')  # of torch's own reader, and of modules without a name
+        program = torch.export.export(
+            model,
+            (images,),
+            dynamic_shapes={'images': {0: Dim('batch', max=MAX_BATCH)}},
+            strict=False,
+        )
+        torch.export.save(program, path)
         loaded = torch.export.load(path).module()
     return lambda images: list(loaded(images))
 

@@ -47,7 +47,7 @@ def run(path, images):
     """What the file gives, by a reader that knows nothing of the tool."""
     if path.suffix == '.pt2':
         with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', 'The given buffer is not writable')  # torch's own
+            warnings.simplefilter('ignore')  # of torch's own reader
             return list(torch.export.load(path).module()(images))
     session = onnxruntime.InferenceSession(path)
     return [torch.from_numpy(x) for x in session.run(None, {'images': images.numpy()})]
