@@ -37,7 +37,7 @@ def read_constraints(stack: str) -> dict[str, str]:
 def test_constraints_lie_within_the_bounds(stack):
     install_requires, extras = read_options()
     names = [f'{name}{STACKS[stack]}' for name in ('pretrain', 'segmentation', 'detection')]
-    lines = [line for name in [*names, 'demo', 'dev'] for line in extras[name]]
+    lines = [line for name in [*names, 'demo', 'export', 'dev'] for line in extras[name]]
     pins = read_constraints(stack)
     for requirement in map(Requirement, install_requires + lines):
         if requirement.name != 'cae-mm':
