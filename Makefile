@@ -1,7 +1,10 @@
 # Two stacks: onedl (default, current PyTorch) and openmmlab (the upstream packages).
 STACK ?= onedl
-# Any of pretrain, segmentation, detection, or all; extras add up over calls.
-EXTRAS ?= pretrain
+# Any of pretrain, segmentation, detection, or all; extras add up over calls. Those that need mmcv's
+# compiled operators take minutes to build and are left to whoever wants them.
+EXTRAS_onedl := pretrain segmentation
+EXTRAS_openmmlab := pretrain
+EXTRAS ?= $(EXTRAS_$(STACK))
 
 VENV_onedl := .venv
 VENV_openmmlab := .venv-openmmlab

@@ -11,22 +11,23 @@ from mmengine.registry import (
     MODELS,
     OPTIM_WRAPPER_CONSTRUCTORS,
     OPTIM_WRAPPERS,
+    OPTIMIZERS,
     TRANSFORMS,
     DefaultScope,
     Registry,
 )
 
 import cae_mm.registry
-from cae_mm import datasets, engine, models
+from cae_mm import checkpoints, datasets, engine, evaluation, models
 
 # a scope whose package is not installed makes mmengine warn and go on from the root registry
 SCOPES = ['mmengine', 'mmpretrain', 'mmseg', 'mmdet']
-ROOTS = [HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, TRANSFORMS]
+ROOTS = [HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, TRANSFORMS]
 OUR_CLASSES = {
     name: getattr(package, name)
-    for package in (datasets, engine, models)
+    for package in (checkpoints, datasets, engine, evaluation, models)
     for name in package.__all__
-    if isinstance(getattr(package, name), type)
+    if isinstance(getattr(package, name), type) and name not in ('Encoder', 'PretrainedModule')
 }
 
 BACKBONE = dict(
@@ -66,6 +67,11 @@ CONFIGS = [
     (MODELS, dict(type='cae_mm.DiscreteVAE', vocab_size=8, codebook_dims=4, hidden_dims=4)),
     (MODELS, dict(type='cae_mm.RGBTarget')),
     (MODELS, dict(type='cae_mm.CAEDataPreprocessor')),
+    (MODELS, dict(type='cae_mm.LinearProbeHead', num_classes=2, in_channels=8)),
+    (MODELS, dict(type='cae_mm.AttentiveProbeHead', num_classes=2, in_channels=8, num_heads=2)),
+    (MODELS, dict(type='cae_mm.ViTFeaturePyramid', in_channels=8)),
+    (HOOKS, dict(type='cae_mm.SafeLoadHook')),
+    (HOOKS, dict(type='cae_mm.KNNHook', train='train', val='val')),
     (TRANSFORMS, dict(type='cae_mm.LoadImage')),
     (TRANSFORMS, dict(type='cae_mm.TwoViewResizedCrop')),
     (TRANSFORMS, dict(type='cae_mm.CAEMaskGenerator')),

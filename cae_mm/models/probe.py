@@ -31,7 +31,8 @@ class LinearProbeHead(LinearClsHead):
     """
 
     def __init__(self, *, num_classes: int, in_channels: int, **options: Any) -> None:
-        super().__init__(num_classes, in_channels, **(dict(init_cfg=INIT) | options))
+        defaults = dict(loss=dict(type='mmpretrain.CrossEntropyLoss'), init_cfg=INIT)
+        super().__init__(num_classes, in_channels, **(defaults | options))
         self.norm = nn.BatchNorm1d(in_channels, affine=False, eps=1e-6)
 
     def pre_logits(self, feats: tuple[Tensor, ...]) -> Tensor:
