@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from cae_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 
-# beside 1-D parameters: class token and positions (official ``no_weight_decay``), relative
-# position tables (official ``modeling_finetune.py``)
+# beside 1-D parameters: class token and positions (official ``no_weight_decay``), and relative
+# position tables (official: with --disable_weight_decay_on_rel_pos_bias, which is off by default)
 NO_DECAY = ('cls_token', 'pos_embed', 'relative_position_bias_table')
 
 
