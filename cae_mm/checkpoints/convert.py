@@ -31,6 +31,8 @@ PARTS = ('encoder', 'full')
 OFFICIAL_HEADS = {192: 12, 384: 12, 768: 12, 1024: 16, 1280: 16}
 USUAL_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 HEADS = dict.fromkeys(SOURCES, USUAL_HEADS) | dict.fromkeys(('official', 'passl'), OFFICIAL_HEADS)
+# official fine-tuning without relative position bias looks as timm's: assume what both agree on
+HEADS['timm'] = {D: n for D, n in USUAL_HEADS.items() if OFFICIAL_HEADS[D] == n}
 # the option for the decoder's heads never reaches the official model, which has 12 at any width
 OFFICIAL_DECODER_HEADS = 12
 PRETRAIN_GRID = (14, 14)  # of all published weights: 224 px, patches of 16

@@ -63,6 +63,8 @@ def read_plain_pickle(path: Path, allowed: list[Any], map_location: Any = 'cpu')
         ValueError: If the file refers to anything else; the message names it.
     """
     before = list(torch.serialization.get_safe_globals())  # torch 2.4 gives the list itself
+    # a history that is unpickled gives its statistics to all, those of the running log too
+    statistics = dict(HistoryBuffer._statistics_methods)
     torch.serialization.add_safe_globals(allowed)
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
@@ -72,6 +74,8 @@ def read_plain_pickle(path: Path, allowed: list[Any], map_location: Any = 'cpu')
     finally:
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(before)
+        HistoryBuffer._statistics_methods.clear()
+        HistoryBuffer._statistics_methods.update(statistics)
 
 
 def _explain(error: Exception) -> str:
@@ -95,10 +99,7 @@ def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def _history_statistic(owner: Any, name: str) -> Callable[..., Any]:
-    """Stand for ``getattr(HistoryBuffer, 'mean')``, the only getattr in a Runner's checkpoint.
-
-    What it returns becomes the method of all history buffers, the running log's too.
-    """
+    """Stand for ``getattr(HistoryBuffer, 'mean')``, the only getattr in a Runner's checkpoint."""
     if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
         raise ValueError(f'getattr of {owner}, {name}')
     return getattr(HistoryBuffer, name)

@@ -474,6 +474,9 @@ def test_heads_are_read_or_assumed_or_asked_for(tmp_path):
     assert '--decoder-heads' in result.remarks[1]
     with pytest.raises(ValueError, match='5 heads do not divide width 24: --decoder-heads'):
         convert(state, tmp_path, decoder_heads=5)
+    state = {k.removeprefix('encoder.'): v for k, v in state.items() if k.startswith('encoder.')}
+    with pytest.raises(ValueError, match='width 192 is none that was published: give --num-heads'):
+        convert(state, tmp_path)  # timm has 3 and the official code 12
 
 
 def test_sizes_and_part_are_written_beside_the_weights(tmp_path):

@@ -7,17 +7,20 @@ from mmengine.logging import HistoryBuffer
 from cae_mm.checkpoints.files import HARMLESS, read_plain_pickle, read_state_dict
 
 
-def test_history_is_read_and_the_running_log_stays_whole(tmp_path):
+@pytest.mark.parametrize('foreign', [{}, {'mean': 'mean', 'min': None}])
+def test_history_is_read_and_the_running_log_stays_whole(tmp_path, monkeypatch, foreign):
     """A history that is unpickled gives its statistics to all histories, so mmengine does it."""
     path = tmp_path / 'epoch_1.pth'
-    history = HistoryBuffer([1.0, 4.0], [1, 1])
-    torch.save(dict(state_dict={}, message_hub=dict(log_scalars={'train/loss': history})), path)
+    history, running = HistoryBuffer([1.0, 4.0], [1, 1]), HistoryBuffer([2.0, 4.0], [1, 1])
+    with monkeypatch.context() as patch:
+        for name, method in foreign.items():
+            patch.setitem(HistoryBuffer._statistics_methods, name, method)
+        torch.save(dict(state_dict={}, message_hub=dict(log_scalars=dict(loss=history))), path)
     assert read_state_dict(path) == {}
-    running = HistoryBuffer([2.0, 4.0], [1, 1])
     values = {name: running.statistics(name) for name in ('min', 'max', 'mean', 'current')}
     assert values == {'min': 2, 'max': 4, 'mean': 3, 'current': 4}
     content = read_plain_pickle(path, HARMLESS)
-    assert content['message_hub']['log_scalars']['train/loss'].statistics('mean') == 2.5
+    assert content['message_hub']['log_scalars']['loss'].statistics('mean') == 2.5
 
 
 class Getattr:
