@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from PIL import Image
 
@@ -31,11 +31,8 @@ WIDTH = 32
 @pytest.fixture(autouse=True)
 def scope():
     """Set mmdetection's scope, as its own tools do, for this file's tests only."""
-    before = DefaultScope.get_current_instance()
-    init_default_scope('mmdet')
-    yield
-    if before is not None:
-        init_default_scope(before.scope_name)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -158,6 +155,12 @@ def test_config_builds_at_full_size(path):
     pyramid, channels = model.neck
     assert all(conv.conv.in_channels == width for conv in list(channels.children())[0])
     assert all(p.shape[0] == width for p in pyramid.parameters())
+    maps = model.eval().extract_feat(torch.zeros(1, 3, 256, 320, device='meta'))
+    dino = cfg.model.type == 'DINO'
+    strides = [8, 16, 32, 64] if dino else cfg.model.rpn_head.anchor_generator.strides
+    assert [256 // x.shape[-2] for x in maps] == [320 // x.shape[-1] for x in maps] == strides
+    if not dino:
+        assert cfg.model.roi_head.bbox_roi_extractor.featmap_strides == strides[:4]
     assert cfg.model.backbone.out_type == 'featmap' and not cfg.model.backbone.final_norm
     assert not cfg.model.backbone.get('use_rel_pos_bias', False)  # official
 
