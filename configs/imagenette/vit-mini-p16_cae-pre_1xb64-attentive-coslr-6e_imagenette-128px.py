@@ -6,5 +6,5 @@ model = dict(
     backbone=dict(out_type='raw'), head=dict(type='cae_mm.AttentiveProbeHead', num_heads=3)
 )
 optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type='SGD', lr=0.1, weight_decay=0.0, momentum=0.9)
+    optimizer=dict(_delete_=True, type='SGD', lr=0.02, weight_decay=0.0, momentum=0.9)
 )
