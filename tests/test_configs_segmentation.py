@@ -217,7 +217,8 @@ def test_learning_rates_of_the_layers(data, tmp_path):
 def test_labels_that_the_model_sees(path, ignored, data, tmp_path):
     """ADE20K's 0 is ignored and 1 becomes 0; an own dataset keeps its values."""
     cfg = shrink(Config.fromfile(path), data, tmp_path)
-    dataset = Runner.build_dataloader(cfg.val_dataloader).dataset
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        dataset = Runner.build_dataloader(cfg.val_dataloader).dataset
     sample = dataset[0]['data_samples']
     labels = np.array(Image.open(sample.seg_map_path)).astype(int)
     if ignored is not None:
@@ -229,12 +230,12 @@ def test_labels_that_the_model_sees(path, ignored, data, tmp_path):
 def test_small_images_are_judged_at_their_own_size(data, tmp_path):
     """They are filled up to the crop, and what was filled up is cut off again."""
     cfg = shrink(Config.fromfile(CUSTOM), data, tmp_path)
+    cfg.test_dataloader.dataset.pipeline[1].scale = (WIDTH, HEIGHT)
     with DefaultScope.overwrite_default_scope('mmseg'):
         model = MODELS.build(cfg.model).eval()
+        loader = Runner.build_dataloader(cfg.test_dataloader)
     seen = []
     model.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2:]))
-    cfg.test_dataloader.dataset.pipeline[1].scale = (WIDTH, HEIGHT)
-    loader = Runner.build_dataloader(cfg.test_dataloader)
     with torch.no_grad():
         [sample] = model.test_step(next(iter(loader)))
     assert seen == [CROP]
@@ -259,3 +260,24 @@ def test_test_tool_judges_and_paints(data, tmp_path, monkeypatch):
     for picture in pictures:
         with Image.open(picture) as image:
             assert image.size == (2 * WIDTH, HEIGHT)
+
+
+# mmengine's, of a visualizer without a folder
+@pytest.mark.filterwarnings('ignore:Failed to add:UserWarning:mmengine')
+def test_inferencers_of_mmseg_take_configs_and_checkpoints(data, tmp_path):
+    from mmseg.apis import MMSegInferencer, inference_model, init_model
+
+    cfg = shrink(Config.fromfile(CUSTOM), data, tmp_path)
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = MODELS.build(cfg.model)
+    metainfo = dict(cfg.dataset.metainfo)
+    checkpoint = dict(state_dict=model.state_dict(), meta=dict(dataset_meta=metainfo))
+    torch.save(checkpoint, tmp_path / 'weights.pth')
+    image = str(data / 'custom' / 'images' / 'val' / '0.jpg')
+    model = init_model(cfg, str(tmp_path / 'weights.pth'), device='cpu')
+    prediction = inference_model(model, image).pred_sem_seg.data[0].numpy()
+    assert prediction.shape == (HEIGHT, WIDTH)
+    infer = MMSegInferencer(cfg, str(tmp_path / 'weights.pth'), device='cpu')
+    result = infer(image, out_dir=str(tmp_path / 'out'))
+    assert (result['predictions'] == prediction).all()
+    assert list((tmp_path / 'out').rglob('*.png'))

@@ -17,11 +17,7 @@ train_images, train_masks = 'images/train', 'masks/train'
 val_images, val_masks = 'images/val', 'masks/val'
 img_suffix, mask_suffix = '.jpg', '.png'
 classes = ('background', 'crack', 'rust')
-palette = [
-    [0, 0, 0],
-    [230, 60, 60],
-    [60, 120, 230],
-]  # red, green and blue of each class in pictures
+palette = [[0, 0, 0], [230, 60, 60], [60, 120, 230]]  # red, green, blue of each class
 # True if 0 in the masks means "not annotated" and 1 the first class, as in ADE20K
 reduce_zero_label = False
 # ---- what to change: memory of the GPU, effective batch and length

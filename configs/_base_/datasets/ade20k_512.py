@@ -1,19 +1,22 @@
-"""ADE20K, 150 classes, crops of 512 px (official); 0 in the annotations is no class."""
+"""ADE20K, 150 classes, crops of 512 px (official); 0 in the annotations is no class.
+
+Transforms have no scope: mmseg's inferencers know `LoadAnnotations` by this name only.
+"""
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='mmseg.LoadAnnotations'),
+    dict(type='LoadAnnotations'),
     dict(type='RandomResize', scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
-    dict(type='mmseg.RandomCrop', crop_size=(512, 512), cat_max_ratio=0.75),
+    dict(type='RandomCrop', crop_size=(512, 512), cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
-    dict(type='mmseg.PhotoMetricDistortion'),
-    dict(type='mmseg.PackSegInputs'),
+    dict(type='PhotoMetricDistortion'),
+    dict(type='PackSegInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 512), keep_ratio=True),
-    dict(type='mmseg.LoadAnnotations'),  # after Resize: predictions are judged at full size
-    dict(type='mmseg.PackSegInputs'),
+    dict(type='LoadAnnotations'),  # after Resize: predictions are judged at full size
+    dict(type='PackSegInputs'),
 ]
 train_dataloader = dict(
     batch_size=2,
