@@ -25,7 +25,7 @@ CONFIGS = sorted((ROOT / 'configs' / 'upernet').glob('*.py'))
 RECIPES = [path for path in CONFIGS if '160k' in path.stem]
 BASE = ROOT / 'configs/upernet/cae_vit-base_upernet_8xb2-amp-160k_ade20k-512x512.py'
 CUSTOM = ROOT / 'configs/upernet/cae_vit-base_upernet_1xb4-accum4-amp-20k_custom-512x512.py'
-MINI = ROOT / 'configs/upernet/cae_vit-mini_upernet_1xb2-amp-300i_ade20k-256x256.py'
+MINI = ROOT / 'configs/upernet/cae_vit-mini_upernet_1xb2-amp-800i_ade20k-256x256.py'
 HEIGHT, WIDTH = 40, 50
 CROP = (64, 64)
 

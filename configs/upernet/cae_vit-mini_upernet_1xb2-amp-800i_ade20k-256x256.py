@@ -6,7 +6,7 @@ the five large classes are kept; the others are ignored.
 
 _base_ = './cae_vit-base_upernet_8xb2-amp-160k_ade20k-512x512.py'
 
-dims, crop_size, updates, warmup = 192, (256, 256), 300, 30
+dims, crop_size, updates, warmup = 192, (256, 256), 800, 40
 scale = (1024, 256)
 classes = ('wall', 'building', 'sky', 'tree', 'grass')
 weights = 'work_dirs/cae-dvae_vit-mini-p16_1xb64-amp-coslr-15e_imagenette-128px/epoch_15.pth'
@@ -43,4 +43,4 @@ optim_wrapper = dict(optimizer=dict(lr=1e-3))
 _base_.param_scheduler[0].end = warmup + 1
 _base_.param_scheduler[1].end = updates + 1
 train_cfg = dict(max_iters=updates, val_interval=updates)
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=updates))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=updates))
