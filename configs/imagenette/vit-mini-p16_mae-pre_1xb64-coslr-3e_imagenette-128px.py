@@ -1,6 +1,6 @@
 """The same fine-tuning of mmpretrain's MAE; it has no relative position bias."""
 
-_base_ = './vit-mini-p16_cae-pre_1xb64-coslr-6e_imagenette-128px.py'
+_base_ = './vit-mini-p16_cae-pre_1xb64-coslr-3e_imagenette-128px.py'
 
 model = dict(
     backbone=dict(
