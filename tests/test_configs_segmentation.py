@@ -270,6 +270,7 @@ def test_inferencers_of_mmseg_take_configs_and_checkpoints(data, tmp_path):
     cfg = shrink(Config.fromfile(CUSTOM), data, tmp_path)
     with DefaultScope.overwrite_default_scope('mmseg'):
         model = MODELS.build(cfg.model)
+    cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline  # what init_model reads
     metainfo = dict(cfg.dataset.metainfo)
     checkpoint = dict(state_dict=model.state_dict(), meta=dict(dataset_meta=metainfo))
     torch.save(checkpoint, tmp_path / 'weights.pth')
