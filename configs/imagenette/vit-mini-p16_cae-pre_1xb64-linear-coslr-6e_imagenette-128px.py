@@ -1,7 +1,7 @@
 """Linear probe for the comparison on Imagenette.
 
 For a random encoder: --cfg-options model.backbone.init_cfg=None.
-LARS moves weights by a share of their norm, so few steps need a rate above the linear rule's.
+LARS moves weights by a share of their norm, so few steps need the rate of the large batch.
 """
 
 _base_ = '../linear/vit-base-p16_cae-pre_1xb1024-linear-coslr-90e_in1k.py'
@@ -34,7 +34,7 @@ val_dataloader = dict(
     dataset=dict(**dataset, data_prefix='val', pipeline=_base_.test_pipeline),
 )
 test_dataloader = val_dataloader
-optim_wrapper = dict(optimizer=dict(lr=1.6))
+optim_wrapper = dict(optimizer=dict(lr=6.4))
 _base_.param_scheduler[0].end = _base_.param_scheduler[1].begin = 1
 train_cfg = dict(max_epochs=6, val_interval=6)
 auto_scale_lr = dict(base_batch_size=64)
