@@ -8,6 +8,8 @@ configs/imagenette/cae-dvae_vit-mini-p16_1xb64-amp-coslr-15e_imagenette-128px.py
 _base_ = './cae_vit-base_mask-rcnn_1xb2-accum16-amp-1x_coco.py'
 
 batch_size, width = 4, 64
+# the recipe has no norms in FPN and mask head; at a learning rate for few steps the maps blow up
+norm_cfg = dict(type='GN', num_groups=32)
 model = dict(
     backbone=dict(
         arch=dict(_delete_=True, embed_dims=192, depth=6, num_heads=3, layer_scale=0.1),
@@ -24,7 +26,7 @@ model = dict(
         bbox_roi_extractor=dict(out_channels=width, roi_layer=dict(sampling_ratio=2)),
         bbox_head=dict(in_channels=width, conv_out_channels=width, fc_out_channels=256),
         mask_roi_extractor=dict(out_channels=width, roi_layer=dict(sampling_ratio=2)),
-        mask_head=dict(in_channels=width, conv_out_channels=width),
+        mask_head=dict(in_channels=width, conv_out_channels=width, norm_cfg=norm_cfg),
     ),
     train_cfg=dict(
         rpn=dict(sampler=dict(num=128)),
@@ -34,14 +36,14 @@ model = dict(
     test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100)),
 )
 _base_.model.neck[0].in_channels = 192
-_base_.model.neck[1].update(in_channels=[192] * 4, out_channels=width)
+_base_.model.neck[1].update(in_channels=[192] * 4, out_channels=width, norm_cfg=norm_cfg)
 
 resize = dict(type='Resize', scale=(384, 256), keep_ratio=True)
 _base_.train_dataloader.dataset.pipeline[3] = resize
 _base_.val_dataloader.dataset.pipeline[1] = resize
 _base_.test_dataloader.dataset.pipeline[1] = resize
 train_dataloader = dict(batch_size=batch_size, num_workers=1)
-optim_wrapper = dict(optimizer=dict(lr=1e-3), accumulative_counts=1)
+optim_wrapper = dict(optimizer=dict(lr=5e-4), accumulative_counts=1)
 _base_.param_scheduler[0].end = 50
 _base_.param_scheduler[1].milestones = [20]
 train_cfg = dict(max_epochs=25, val_interval=5)
