@@ -14,6 +14,7 @@ from PIL import Image
 
 from cae_mm.models.vit import ARCHS
 
+pytestmark = pytest.mark.usefixtures('plain_config_text')
 ROOT = Path(__file__).parent.parent
 FOLDERS = 'attentive demo finetune imagenette linear pretrain tokenizer'.split()
 CONFIGS = [path for name in FOLDERS for path in sorted((ROOT / 'configs' / name).glob('*.py'))]

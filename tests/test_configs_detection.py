@@ -17,6 +17,7 @@ pytest.importorskip('mmdet', reason='mmdetection is not installed')
 
 from mmdet.datasets import CocoDataset  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures('plain_config_text')
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(
     path
@@ -33,12 +34,6 @@ def scope():
     """Set mmdetection's scope, as its own tools do, for this file's tests only."""
     with DefaultScope.overwrite_default_scope('mmdet'):
         yield
-
-
-@pytest.fixture(autouse=True)
-def plain_text(monkeypatch):
-    """Leave out yapf, which formats each config five times a run and takes most of the time."""
-    monkeypatch.setattr(Config, 'pretty_text', property(repr))
 
 
 @pytest.fixture(scope='module')

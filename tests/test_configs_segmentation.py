@@ -20,6 +20,7 @@ pytest.importorskip(
     exc_type=ImportError,
 )
 
+pytestmark = pytest.mark.usefixtures('plain_config_text')
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / 'configs' / 'upernet').glob('*.py'))
 RECIPES = [path for path in CONFIGS if '160k' in path.stem]
@@ -28,12 +29,6 @@ CUSTOM = ROOT / 'configs/upernet/cae_vit-base_upernet_1xb4-accum4-amp-20k_custom
 MINI = ROOT / 'configs/upernet/cae_vit-mini_upernet_1xb2-amp-800i_ade20k-256x256.py'
 HEIGHT, WIDTH = 40, 50
 CROP = (64, 64)
-
-
-@pytest.fixture(autouse=True)
-def plain_logs(monkeypatch):
-    """Spare the Runner its formatting of the config, which takes longer than the training."""
-    monkeypatch.setattr(Config, 'pretty_text', property(repr))
 
 
 def name_of(path):
