@@ -1,7 +1,16 @@
 """Fixtures that several files share."""
 
+from collections import OrderedDict
+
 import pytest
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
+
+
+@pytest.fixture(autouse=True)
+def no_default_scope(monkeypatch):
+    """Start without a default scope: a Runner sets one for good."""
+    monkeypatch.setattr(DefaultScope, '_instance_dict', OrderedDict())
 
 
 @pytest.fixture

@@ -26,12 +26,6 @@ from cae_mm.evaluation import (
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def default_scope(monkeypatch):
-    """Runners set the default scope for good; other tests need mmengine's."""
-    monkeypatch.setattr(DefaultScope, '_instance_dict', DefaultScope._instance_dict.copy())
-
-
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
     """Train and val with 9 and 5 images of each of two classes, noise brighter or darker."""
