@@ -290,7 +290,7 @@ def test_right_configs_have_no_findings(pretraining, classifier, pretrained):
             'warning',
             'optim_wrapper.optimizer.lr',
             'lr=0.001 for a batch of 2, this run has lr=0.001 for 1 x 4 x 1 = 4 ',
-            'lr=0.002, .*accumulative_counts=1$',
+            'lr=0.002, .*smaller train_dataloader.batch_size$',
         ),
         (
             dict(optim_wrapper__accumulative_counts=2),

@@ -83,8 +83,11 @@ def _explain(error: Exception) -> str:
     name = re.search(r'GLOBAL (\S+)', str(error))
     if name:
         return f'it refers to {name[1]}, which is not allowed there'
-    text = str(error).split('WeightsUnpickler error:')[-1].strip()
-    return text.partition('\n')[0] or type(error).__name__
+    text = str(error).split('WeightsUnpickler error:')[-1].strip().partition('\n')[0]
+    # of bytes that are no pickle at all torch says the number of an opcode, or nothing
+    if ' ' not in text or text.startswith('Unsupported operand'):
+        return 'it is no file that torch.save wrote'
+    return text
 
 
 def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -46,7 +46,11 @@ def check_learning_rate(case: Case) -> Iterator[Finding]:
             f'the recipe has lr={recipe_lr:g} for a batch of {recipe}, this run has lr={lr:g}'
             f'{scaled} for {counted} (processes x batch_size x accumulative_counts)',
             f'set optim_wrapper.optimizer.lr={want * lr / have:.4g}, or make the batch {recipe} by '
-            f'optim_wrapper.accumulative_counts={max(round(recipe / seen), 1)}',
+            + (
+                f'optim_wrapper.accumulative_counts={round(recipe / seen)}'
+                if recipe > seen
+                else 'a smaller train_dataloader.batch_size'
+            ),
         )
     elif automatic and accumulation > 1:
         yield case.found(

@@ -36,3 +36,13 @@ def test_no_other_attribute_can_be_fetched(tmp_path, args):
     torch.save(dict(state_dict={}, other=Getattr(*args)), tmp_path / 'a.pth')
     with pytest.raises(ValueError, match='a.pth was refused, nothing in it was executed: getattr'):
         read_state_dict(tmp_path / 'a.pth')
+
+
+@pytest.mark.parametrize('content', [b'', b'hello', b'<html>not found</html>'])
+def test_what_is_no_checkpoint_at_all_is_called_so(tmp_path, content):
+    path = tmp_path / 'a.pth'
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match='a.pth was refused.*: it is no file that torch.save wrote'
+    ):
+        read_state_dict(path)
