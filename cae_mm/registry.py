@@ -28,8 +28,8 @@ def _child(parent: Registry, *locations: str) -> Registry:
     return Registry(parent.name, parent=parent, scope='cae_mm', locations=list(locations))
 
 
-FUNCTIONS = _child(MMENGINE_FUNCTIONS, 'cae_mm.engine')
-HOOKS = _child(MMENGINE_HOOKS, 'cae_mm.checkpoints', 'cae_mm.engine', 'cae_mm.evaluation')
+FUNCTIONS = _child(MMENGINE_FUNCTIONS, 'cae_mm.hooks')
+HOOKS = _child(MMENGINE_HOOKS, 'cae_mm.hooks')
 MODELS = _child(MMENGINE_MODELS, 'cae_mm.models')
 OPTIMIZERS = _child(MMENGINE_OPTIMIZERS, 'cae_mm.engine')
 OPTIM_WRAPPERS = _child(MMENGINE_OPTIM_WRAPPERS, 'cae_mm.engine')

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cae_mm.models import CAE
-from cae_mm.models.layers import split_mask
 from cae_mm.models.targets.rgb import RGBTarget, patch_statistics
+from cae_mm.patches import split_mask
 
 GRAY = 0.5
 

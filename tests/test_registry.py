@@ -18,16 +18,16 @@ from mmengine.registry import (
 )
 
 import cae_mm.registry
-from cae_mm import checkpoints, datasets, engine, evaluation, models
+from cae_mm import datasets, engine, hooks, models
 
 # a scope whose package is not installed makes mmengine warn and go on from the root registry
 SCOPES = ['mmengine', 'mmpretrain', 'mmseg', 'mmdet']
 ROOTS = [HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, TRANSFORMS]
 OUR_CLASSES = {
     name: getattr(package, name)
-    for package in (checkpoints, datasets, engine, evaluation, models)
+    for package in (datasets, engine, hooks, models)
     for name in package.__all__
-    if isinstance(getattr(package, name), type) and name not in ('Encoder', 'PretrainedModule')
+    if isinstance(getattr(package, name), type)
 }
 
 BACKBONE = dict(
@@ -172,7 +172,7 @@ def test_a_fresh_process_finds_everything(preamble):
     assert run.stdout.split()[-3:] == [
         'cae_mm.models.vit',
         'cae_mm.datasets.masking',
-        'cae_mm.engine.hooks',
+        'cae_mm.hooks.training',
     ]
 
 

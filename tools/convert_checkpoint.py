@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cae_mm.checkpoints.convert import PARTS, Conversion, convert_checkpoint
-from cae_mm.checkpoints.sources import SOURCES
+from cae_mm.conversion.convert import PARTS, Conversion, convert_checkpoint
+from cae_mm.conversion.sources import SOURCES
 
 
 def print_report(result: Conversion, console: Console) -> None:

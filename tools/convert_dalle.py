@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cae_mm.checkpoints.files import read_plain_pickle
-from cae_mm.checkpoints.loading import compare_keys
+from cae_mm.checkpoints.pretrained import compare_keys
 from cae_mm.models.targets import DALLEDecoder, DALLEEncoder
 
 PUBLISHED = {'n_hid': 256, 'vocab_size': 8192, 'n_init': 128, 'blocks_per_group': 2}

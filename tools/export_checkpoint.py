@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cae_mm.checkpoints.convert import PARTS
-from cae_mm.checkpoints.export import TARGETS, Export, export_checkpoint
+from cae_mm.conversion.convert import PARTS
+from cae_mm.conversion.export import TARGETS, Export, export_checkpoint
 
 
 def print_report(result: Export, target: str, console: Console) -> None:

@@ -14,7 +14,7 @@ from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
 
 from cae_mm.checkpoints import load_pretrained
 from cae_mm.models import CAE
-from cae_mm.models.layers import to_pair
+from cae_mm.patches import to_pair
 from cae_mm.visualization import paint_reconstruction, save_pictures
 
 STEPS = (

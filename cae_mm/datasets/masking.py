@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from mmcv.transforms import BaseTransform
 
-from cae_mm.models.layers import Grid, grid_of
+from cae_mm.patches import Grid, grid_of
 from cae_mm.registry import TRANSFORMS
 
 MAX_TRIES = 1000  # draws of a block; at 98 of 14x14 about 1 mask in 3000 needs more than 200

@@ -11,7 +11,7 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 from PIL import Image
 
-from cae_mm.models.layers import to_pair
+from cae_mm.patches import to_pair
 from cae_mm.registry import TRANSFORMS
 
 Size = int | tuple[int, int]

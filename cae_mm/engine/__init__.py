@@ -1,21 +1,5 @@
-"""What the Runner needs beside models and data: optimisation and hooks."""
+"""What the Runner needs beside models, data and hooks: optimisation and number formats."""
 
-from cae_mm.engine.hooks import (
-    EpochSeedHook,
-    GumbelTemperatureHook,
-    NonFiniteLossHook,
-    ProgressBarHook,
-    ThroughputHook,
-)
 from cae_mm.engine.optim import LARS, BF16OptimWrapper, LayerDecayOptimWrapperConstructor
 
-__all__ = [
-    'BF16OptimWrapper',
-    'EpochSeedHook',
-    'GumbelTemperatureHook',
-    'LARS',
-    'LayerDecayOptimWrapperConstructor',
-    'NonFiniteLossHook',
-    'ProgressBarHook',
-    'ThroughputHook',
-]
+__all__ = ['BF16OptimWrapper', 'LARS', 'LayerDecayOptimWrapperConstructor']

@@ -8,13 +8,11 @@ from cae_mm.evaluation.features import (
     labelled_images,
     make_fingerprint,
 )
-from cae_mm.evaluation.hook import KNNHook
 from cae_mm.evaluation.knn import check_neighbors, knn_accuracies
 from cae_mm.evaluation.linear import check_class_sizes, linear_sweep, logistic_regression
 
 __all__ = [
     'Encoder',
-    'KNNHook',
     'cached_features',
     'check_class_sizes',
     'check_neighbors',

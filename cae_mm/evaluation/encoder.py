@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cae_mm.checkpoints import load_pretrained
 from cae_mm.models import CAEDataPreprocessor, CAEViT
-from cae_mm.models.layers import to_pair
+from cae_mm.patches import to_pair
 
 FEATURES = ('cls', 'mean')
 RANDOM = 'random'
@@ -55,7 +55,7 @@ class Encoder:
         """
         x = self.normalizer({'inputs': images})['inputs'][0]
         if isinstance(self.backbone, CAEViT):
-            tokens, extra = self.backbone.encode(x), 1
+            tokens, extra = self.backbone.forward_features(x), 1
         else:
             tokens = self.backbone(x, **self._whole_images)[-1]
             extra = getattr(self.backbone, 'num_extra_tokens', 0)

@@ -16,8 +16,9 @@ from mmpretrain.models.selfsup.base import BaseSelfSupervisor
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
-from cae_mm.models.layers import Grid, grid_of, split_mask
+from cae_mm.models.head import latent_std
 from cae_mm.models.targets.tokenizer import Tokenizer
+from cae_mm.patches import Grid, grid_of, split_mask
 from cae_mm.registry import MODELS
 
 
@@ -100,7 +101,8 @@ class CAE(BaseSelfSupervisor):
                 masked, the same number M in each.
 
         Returns:
-            Losses and metrics, see ``CAEPretrainHead.loss``.
+            Losses and metrics of ``CAEPretrainHead.loss``, and ``latent_std`` (towards 0 is
+            collapse).
         """
         images = inputs[0]
         mask = torch.stack([sample.mask for sample in data_samples]).flatten(1).bool()  # [B, N]
@@ -113,12 +115,13 @@ class CAE(BaseSelfSupervisor):
         z_v = self.encode(images, ids_v)  # [B, V, D]
         z_m = self.neck.regress(z_v, ids_v, ids_m, grid)  # [B, M, D]
         y_m = self.neck.decode(z_m, ids_m, grid)  # [B, M, K]
-        return self.head.loss(y_m, y_target, z_m, z_target, cells=(ids_m, mask.shape[1]))
+        losses = self.head.loss(y_m, y_target, z_m, z_target)
+        return losses | {'latent_std': latent_std(z_m.detach(), ids_m, mask.shape[1])}
 
     def encode(self, images: Tensor, ids: Tensor, teacher: bool = False) -> Tensor:
         """Latents of the patches ``ids`` at the regressor's width, without class token."""
         encoder = self.teacher if teacher else self.backbone
-        return self.neck.project(encoder.encode(images, ids)[:, 1:])
+        return self.neck.project(encoder.forward_features(images, ids)[:, 1:])
 
     def align_target(self, images: Tensor, ids_m: Tensor) -> Tensor:
         """Latents that the encoder, seeing only the masked patches, gives to them."""

@@ -27,13 +27,7 @@ class CAEPretrainHead(BaseModule):
         self.align_weight = align_weight
 
     def loss(
-        self,
-        y_m: Tensor,
-        y_target: Tensor,
-        z_m: Tensor,
-        z_target: Tensor,
-        *,
-        cells: tuple[Tensor, int],
+        self, y_m: Tensor, y_target: Tensor, z_m: Tensor, z_target: Tensor
     ) -> dict[str, Tensor]:
         """Compute losses and metrics over the masked patches.
 
@@ -42,14 +36,12 @@ class CAEPretrainHead(BaseModule):
             y_target: Tokens, int64 with shape (B, M), or pixels, float with shape (B, M, K).
             z_m: Latents predicted by the regressor, shape (B, M, D).
             z_target: Latents that the encoder gives to the masked patches, shape (B, M, D).
-            cells: Indices of the masked patches, shape (B, M), and the number of patches N.
 
         Returns:
             ``loss_main`` and ``loss_align``, whose sum is minimised, and metrics without gradient:
-            ``align_cos`` (mean cosine of predicted and encoded latents), ``latent_std`` (see
-            ``batch_std``; towards 0 is collapse) and, for tokens, ``token_acc`` (share of right
-            tokens, [0, 1]) and ``target_codes`` (number of different tokens among the targets of
-            this batch).
+            ``align_cos`` (mean cosine of predicted and encoded latents) and, for tokens,
+            ``token_acc`` (share of right tokens, [0, 1]) and ``target_codes`` (number of different
+            tokens among the targets of this batch).
 
         Raises:
             ValueError: If the decoder's outputs do not fit the targets.
@@ -60,8 +52,7 @@ class CAEPretrainHead(BaseModule):
             'loss_align': self.align_weight * F.mse_loss(z_m, z_target.to(z_m.dtype)),
         }
         with torch.no_grad():
-            metrics = self._metrics(y_m, y_target, z_m, z_target)
-            return losses | metrics | {'latent_std': batch_std(z_m, *cells)}
+            return losses | self._metrics(y_m, y_target, z_m, z_target)
 
     def _main(self, y_m: Tensor, y_target: Tensor) -> Tensor:
         if not y_target.is_floating_point():
@@ -86,7 +77,7 @@ class CAEPretrainHead(BaseModule):
         return metrics
 
 
-def batch_std(z_m: Tensor, ids_m: Tensor, num_patches: int) -> Tensor:
+def latent_std(z_m: Tensor, ids_m: Tensor, num_patches: int) -> Tensor:
     """Standard deviation over those images of the batch in which the same patch is masked.
 
     Comparing equal places, it is 0 when latents tell positions apart but not images.
@@ -99,7 +90,7 @@ def batch_std(z_m: Tensor, ids_m: Tensor, num_patches: int) -> Tensor:
     Returns:
         Scalar: mean over channels and over patches that are masked in two images or more.
     """
-    z, ids = z_m.flatten(0, 1), ids_m.flatten()  # [B*M, D], [B*M]
+    z, ids = _at_least_float32(z_m).flatten(0, 1), ids_m.flatten()  # [B*M, D], [B*M]
     counts = z.new_zeros(num_patches, 1).index_add_(0, ids, torch.ones_like(z[:, :1]))  # [N, 1]
     sums = z.new_zeros(num_patches, z.shape[1])  # [N, D]
     means = sums.index_add(0, ids, z) / counts.clamp(min=1)

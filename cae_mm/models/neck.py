@@ -12,16 +12,16 @@ from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from cae_mm.models.layers import (
+from cae_mm.models.blocks import (
     Block,
     CrossAttention,
-    Grid,
     Mlp,
-    SinCosPositions,
     init_linear_and_norm,
     linear_drop_path,
     trunc_normal_,
 )
+from cae_mm.models.positions import SinCosPositions
+from cae_mm.patches import Grid
 from cae_mm.registry import MODELS
 
 

@@ -11,7 +11,7 @@ import torch
 from mmpretrain.models.heads import LinearClsHead
 from torch import Tensor, nn
 
-from cae_mm.models.layers import CrossAttention, init_linear_and_norm
+from cae_mm.models.blocks import CrossAttention, init_linear_and_norm
 from cae_mm.registry import MODELS
 
 INIT = dict(type='TruncNormal', layer='Linear', std=0.01)  # MAE's, which the official probe takes

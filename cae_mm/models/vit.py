@@ -15,20 +15,9 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from cae_mm.checkpoints import PretrainedModule
-from cae_mm.models.layers import (
-    Block,
-    Grid,
-    SinCosPositions,
-    gather_tokens,
-    grid_of,
-    init_linear_and_norm,
-    linear_drop_path,
-    num_relative_positions,
-    patchify,
-    resize_bias_table,
-    to_pair,
-    trunc_normal_,
-)
+from cae_mm.models.blocks import Block, init_linear_and_norm, linear_drop_path, trunc_normal_
+from cae_mm.models.positions import SinCosPositions, num_relative_positions, resize_bias_table
+from cae_mm.patches import Grid, gather_tokens, grid_of, patchify, to_pair
 from cae_mm.registry import MODELS
 
 # Sizes: paper, "Training Details" (S, B, L) and "Downstream Tasks" (H).
@@ -171,7 +160,7 @@ class CAEViT(PretrainedModule):
         self.patch_embed.init_weights()
         trunc_normal_(self.cls_token)
 
-    def encode(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
+    def forward_features(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
         """Encode the class token and the patches ``ids``; other patches are not looked at.
 
         Args:

@@ -8,8 +8,8 @@ import torch
 from mmengine.registry import MODELS
 
 import cae_mm.registry  # noqa: F401
-from cae_mm.checkpoints.convert import convert_checkpoint
-from cae_mm.checkpoints.loading import compare_keys, load_pretrained
+from cae_mm.checkpoints.pretrained import compare_keys, load_pretrained
+from cae_mm.conversion.convert import convert_checkpoint
 from cae_mm.models import CAEViT
 
 ARCH = dict(embed_dims=24, depth=2, num_heads=3, layer_scale=0.1)
@@ -40,7 +40,7 @@ def log(monkeypatch):
     """The lines that loading logs."""
     lines = []
     monkeypatch.setattr(
-        'cae_mm.checkpoints.loading.print_log', lambda line, *_, **__: lines.append(line)
+        'cae_mm.checkpoints.pretrained.print_log', lambda line, *_, **__: lines.append(line)
     )
     return lines
 

@@ -42,7 +42,7 @@ def test_features_of_cae(tmp_path, images):
     encoder = load(cfg, tmp_path / 'epoch_1.pth')
     normal = model.data_preprocessor({'inputs': images})['inputs'][0]
     with torch.no_grad():
-        tokens = model.backbone.encode(normal)
+        tokens = model.backbone.forward_features(normal)
     expected = torch.stack([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)
     torch.testing.assert_close(encoder(images), expected)
     only_mean = load(cfg, tmp_path / 'epoch_1.pth', features=['mean'])

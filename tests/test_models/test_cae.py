@@ -7,7 +7,7 @@ from builders import GRID, VOCAB, build_cae, cae_config, make_batch
 from mmengine.runner.checkpoint import get_state_dict
 from mmpretrain.structures import DataSample
 
-from cae_mm.models.layers import split_mask
+from cae_mm.patches import split_mask
 
 
 def total(losses):
@@ -24,9 +24,9 @@ def test_loss_is_the_formula_of_the_paper():
     ids_m = torch.stack([row.nonzero().flatten() for row in mask])
     ids_v = torch.stack([(~row).nonzero().flatten() for row in mask])
     encoder, neck = model.backbone, model.neck
-    z_v = encoder.encode(views[0], ids_v)[:, 1:]
+    z_v = encoder.forward_features(views[0], ids_v)[:, 1:]
     z_m = neck.regress(z_v, ids_v, ids_m, GRID)
-    z_target = encoder.encode(views[0], ids_m)[:, 1:]
+    z_target = encoder.forward_features(views[0], ids_m)[:, 1:]
     logits = neck.decode(z_m, ids_m, GRID)
     tokens = model.target_generator.tokenize(views[1]).flatten(1)
     cross_entropy = torch.stack(
@@ -141,7 +141,7 @@ def test_decoder_width_may_differ():
     model = build_cae(neck=dict(embed_dims=24, num_heads=3)).train()
     views, samples = make_batch()
     ids = torch.stack([sample.mask.nonzero().flatten() for sample in samples])
-    latents = model.backbone.encode(views[0], ids)[:, 1:]
+    latents = model.backbone.forward_features(views[0], ids)[:, 1:]
     linear, norm = model.neck.projection
     torch.testing.assert_close(model.align_target(views[0], ids), norm(linear(latents)))
     total(model(views, samples, mode='loss')).backward()

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from cae_mm.models import CAEPretrainHead
-from cae_mm.models.head import batch_std
+from cae_mm.models.head import latent_std
 
 B, M, K, D = 2, 3, 5, 4
 CELLS = torch.tensor([[0, 2, 5], [2, 3, 5]]), 6
 
 
 def loss(*args, weight=2.0):
-    return CAEPretrainHead(weight).loss(*args, cells=CELLS)
+    return CAEPretrainHead(weight).loss(*args)
 
 
 @pytest.fixture
@@ -83,14 +83,14 @@ def test_wrong_size_of_pixel_targets_is_named(latents):
         loss(torch.zeros(B, M, 5), torch.zeros(B, M, 7), *latents)
 
 
-def test_batch_std_compares_equal_places():
+def test_latent_std_compares_equal_places():
     """Patches 2 and 5 are masked in both images: the deviation of those two, by numpy's formula."""
     z = torch.randn(B, M, D)
     pairs = torch.stack([z[0, [1, 2]], z[1, [0, 2]]])  # [image, patch 2 or 5, D]
-    torch.testing.assert_close(batch_std(z, *CELLS), pairs.std(0, correction=0).mean())
+    torch.testing.assert_close(latent_std(z, *CELLS), pairs.std(0, correction=0).mean())
 
 
-def test_batch_std_is_0_where_latents_tell_positions_only():
+def test_latent_std_is_0_where_latents_tell_positions_only():
     table = torch.randn(6, D)
-    assert batch_std(table[CELLS[0]], *CELLS) < 1e-6
-    assert batch_std(torch.randn(B, M, D), torch.tensor([[0, 1, 2], [3, 4, 5]]), 6) == 0
+    assert latent_std(table[CELLS[0]], *CELLS) < 1e-6
+    assert latent_std(torch.randn(B, M, D), torch.tensor([[0, 1, 2], [3, 4, 5]]), 6) == 0

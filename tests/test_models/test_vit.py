@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cae_mm.models import CAEViT
-from cae_mm.models.layers import gather_tokens, sincos_positions, split_mask
+from cae_mm.models.positions import sincos_positions
 from cae_mm.models.vit import ARCHS
+from cae_mm.patches import gather_tokens, split_mask
 
 TOY = dict(embed_dims=16, depth=3, num_heads=2, layer_scale=0.1)
 DEVICES = [
@@ -55,20 +56,20 @@ def test_masked_pixels_are_not_looked_at():
     visible, _ = split_mask(mask)
     hidden = mask.view(2, 1, 4, 6).repeat_interleave(8, 2).repeat_interleave(8, 3)
     changed = torch.where(hidden, torch.full_like(images, 1e6), images)
-    latents = vit.encode(images, visible)
+    latents = vit.forward_features(images, visible)
     assert latents.shape == (2, 13, 16)
-    equal(vit.encode(changed, visible), latents)
+    equal(vit.forward_features(changed, visible), latents)
 
     shown = torch.where(hidden, images, images + 0.1)
-    assert (vit.encode(shown, visible) != latents).any(-1).all()
+    assert (vit.forward_features(shown, visible) != latents).any(-1).all()
 
 
 def test_encode_of_all_patches_is_forward():
     vit = build(out_type='raw')
     images = images_of()
     [raw] = vit(images)
-    equal(vit.encode(images), raw)
-    torch.testing.assert_close(vit.encode(images, torch.arange(24).expand(2, -1)), raw)
+    equal(vit.forward_features(images), raw)
+    torch.testing.assert_close(vit.forward_features(images, torch.arange(24).expand(2, -1)), raw)
 
 
 def test_order_of_patches_does_not_matter():
@@ -76,8 +77,8 @@ def test_order_of_patches_does_not_matter():
     vit = build().double()
     images = images_of().double()
     ids = torch.stack([torch.randperm(24), torch.randperm(24)])
-    all_latents = vit.encode(images)
-    latents = vit.encode(images, ids)
+    all_latents = vit.forward_features(images)
+    latents = vit.forward_features(images, ids)
     torch.testing.assert_close(latents[:, 0], all_latents[:, 0])
     torch.testing.assert_close(latents[:, 1:], gather_tokens(all_latents[:, 1:], ids))
     assert (all_latents[:, 1:] - latents[:, 1:]).abs().max() > 0.1
@@ -107,7 +108,7 @@ def test_forward_at_any_size(device, height, width):
     [raw] = vit(images)
     assert raw.device.type == device
     torch.testing.assert_close(raw, by_hand(vit, images, positions))
-    torch.testing.assert_close(vit.encode(images), raw)
+    torch.testing.assert_close(vit.forward_features(images), raw)
 
 
 def test_positions_cached_without_autograd_serve_training():
@@ -122,7 +123,7 @@ def test_positions_cached_without_autograd_serve_training():
 def test_encode_needs_whole_patches():
     message = '30x48 pixels cannot be cut into patches of 8x8: .* to 32x48'
     with pytest.raises(ValueError, match=message):
-        build().encode(images_of(30, 48))
+        build().forward_features(images_of(30, 48))
 
 
 def test_forward_pads_to_whole_patches_at_the_right_and_the_bottom():
@@ -253,7 +254,7 @@ def test_frozen_stages(frozen, prefixes):
     assert [block.training for block in vit.blocks] == [i >= frozen for i in range(3)]
     assert vit.patch_embed.training == (frozen < 0)
     assert vit.norm.training == (frozen < 3)
-    out = vit.encode(images_of(batch=16)).sum()
+    out = vit.forward_features(images_of(batch=16)).sum()
     assert out.requires_grad == (frozen < 3)
     if frozen < 3:
         out.backward()
@@ -290,7 +291,7 @@ def test_recomputing_gives_the_same_outputs_and_gradients():
 
 def test_every_parameter_gets_a_gradient():
     vit = build()
-    vit.encode(images_of(), torch.arange(12).expand(2, -1)).square().sum().backward()
+    vit.forward_features(images_of(), torch.arange(12).expand(2, -1)).square().sum().backward()
     assert all(param.grad.abs().sum() > 0 for param in vit.parameters())
 
 
@@ -331,7 +332,7 @@ def test_bf16_autocast_keeps_the_residual_stream_in_float32():
     with torch.autocast('cpu', torch.bfloat16):
         [low] = vit(images)
         ids = torch.arange(12).expand(2, -1)
-        assert vit.encode(images, ids).dtype == torch.float32
+        assert vit.forward_features(images, ids).dtype == torch.float32
     assert dtypes == [torch.float32] * 14
     assert products == [torch.bfloat16] * 2
     assert low.dtype == torch.float32
@@ -598,7 +599,7 @@ def test_positions_are_exact_for_the_size_of_pretraining_only():
 @pytest.mark.parametrize('options', [dict(use_rel_pos_bias=True), dict(window_size=2)])
 def test_pretraining_has_no_relative_positions_and_no_windows(options):
     with pytest.raises(ValueError, match='leave out use_rel_pos_bias and window_size'):
-        build(**options).encode(images_of(), torch.zeros(2, 3, dtype=torch.long))
+        build(**options).forward_features(images_of(), torch.zeros(2, 3, dtype=torch.long))
 
 
 def test_windows_have_no_relative_positions():

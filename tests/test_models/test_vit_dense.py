@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from cae_mm.models import CAEViT, ViTFeaturePyramid
-from cae_mm.models.layers import (
+from cae_mm.models.blocks import Attention, WindowAttention
+from cae_mm.models.positions import (
     MAX_CACHED_GRIDS,
-    Attention,
     SinCosPositions,
-    WindowAttention,
     num_relative_positions,
     relative_position_index,
     resize_bias_table,
@@ -72,7 +71,7 @@ def test_maps_are_those_of_pretraining_at_its_size():
     for block in encoder.blocks:
         block.register_forward_hook(lambda module, args, out: seen.append(out))
     images = images_of(224, 224, batch=1)
-    latents = encoder.encode(images)
+    latents = encoder.forward_features(images)
 
     vit = build(img_size=512, pretrain_img_size=224, patch_size=16, use_rel_pos_bias=True)
     state, remarks = vit.adapt_state_dict(encoder.state_dict())
@@ -414,4 +413,4 @@ def test_wrong_options(options, message):
 def test_pretraining_has_neither_bias_nor_windows(options):
     message = 'leave out use_rel_pos_bias and window_size'
     with pytest.raises(ValueError, match=message):
-        build(**options).encode(images_of(), torch.arange(8).expand(2, -1))
+        build(**options).forward_features(images_of(), torch.arange(8).expand(2, -1))

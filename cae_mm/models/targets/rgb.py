@@ -3,7 +3,7 @@
 from mmengine.model import BaseModule
 from torch import Tensor
 
-from cae_mm.models.layers import Grid, gather_tokens, patchify
+from cae_mm.patches import Grid, gather_tokens, patchify
 from cae_mm.registry import MODELS
 
 

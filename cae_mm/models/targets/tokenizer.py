@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cae_mm.checkpoints import PretrainedModule
-from cae_mm.models.layers import Grid, gather_tokens
+from cae_mm.patches import Grid, gather_tokens
 
 
 class Tokenizer(PretrainedModule):

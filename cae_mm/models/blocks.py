@@ -1,148 +1,22 @@
-"""Layers that the encoder, the regressor and the decoder of CAE share.
+"""Attention and transformer blocks that the encoder, the regressor and the decoder share.
 
 Parameter names are those of the official code and of BEiT, so that checkpoints map one to one:
 https://github.com/Atten4Vis/CAE/blob/master/models/modeling_cae_helper.py
 """
 
 import math
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 
-Grid = tuple[int, int]
-# images of detection come in hundreds of sizes, whose tables would fill a GPU
-MAX_CACHED_GRIDS = 8
-
-
-def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Cut images into flat patches.
-
-    Args:
-        images: Tensor with shape (B, C, H, W); H and W are multiples of ``patch_size``.
-        patch_size: Side p of a patch in pixels.
-
-    Returns:
-        Tensor with shape (B, N, C * p * p), N = H/p * W/p in row-major order; the last axis is
-        ordered as a convolution's weight (C, p, p).
-    """
-    B, C, H, W = images.shape
-    p = patch_size
-    x = images.reshape(B, C, H // p, p, W // p, p)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)  # [B, N, C*p*p]
-
-
-def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
-    """Take the tokens ``ids`` of each image.
-
-    Args:
-        x: Tensor with shape (B, N, D).
-        ids: Integer tensor with shape (B, K), values in [0, N).
-
-    Returns:
-        Tensor with shape (B, K, D).
-    """
-    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-def split_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn a mask into the indices of visible and of masked patches, both ascending.
-
-    With the mask in host memory (``CAEDataPreprocessor`` leaves it there) no device is waited
-    for; with the mask on a device the number of masked patches has to be read back from it.
-
-    Args:
-        mask: Bool tensor with shape (B, N), True = masked.
-
-    Returns:
-        Two int64 tensors with shapes (B, N - M) and (B, M).
-
-    Raises:
-        ValueError: If the images of the batch have different numbers of masked patches, or if all
-            or none of the patches are masked.
-    """
-    counts = mask.sum(1).tolist()
-    M, N = counts[0], mask.shape[1]
-    if any(count != M for count in counts):
-        raise ValueError(
-            'all masks of a batch must hide the same number of patches, but they hide '
-            f'{sorted(set(counts))}: use cae_mm.CAEMaskGenerator, whose count is exact'
-        )
-    if not 0 < M < N:
-        raise ValueError(
-            f'{M} of {N} patches are masked: CAE needs at least one visible and one masked patch '
-            '(a mask is True where a patch is masked)'
-        )
-    order = mask.to(torch.uint8).argsort(dim=1, stable=True)  # [B, N], visible patches first
-    return order[:, : N - M], order[:, N - M :]
-
-
-def sincos_positions(grid: Grid, dim: int, temperature: float = 10000.0) -> Tensor:
-    """Fixed 2D sin-cos positions [sin(row), cos(row), sin(column), cos(column)].
-
-    Equals the official table on square grids. The official code mixes up height and width on
-    other grids (``build_2d_sincos_position_embedding``), here every grid is right.
-
-    Args:
-        grid: Rows and columns of the patch grid.
-        dim: Width D, a multiple of 4.
-        temperature: Base of the geometric series of wave lengths.
-
-    Returns:
-        float32 tensor with shape (rows * columns, D), on the CPU.
-
-    Raises:
-        ValueError: If ``dim`` is not a multiple of 4.
-    """
-    if dim % 4:
-        raise ValueError(f'2D sin-cos positions need a width that is a multiple of 4, not {dim}')
-    steps = torch.arange(dim // 4, dtype=torch.float32, device='cpu') / (dim // 4)
-    omega = 1.0 / temperature**steps  # [D/4]
-    rows, columns = torch.meshgrid(
-        torch.arange(grid[0], dtype=torch.float32, device='cpu'),
-        torch.arange(grid[1], dtype=torch.float32, device='cpu'),
-        indexing='ij',
-    )
-    row_angles = rows.reshape(-1, 1) * omega  # [N, D/4]
-    column_angles = columns.reshape(-1, 1) * omega  # [N, D/4]
-    return torch.cat(
-        [row_angles.sin(), row_angles.cos(), column_angles.sin(), column_angles.cos()], dim=1
-    )  # [N, D]
-
-
-class SinCosPositions(nn.Module):
-    """Fixed positions for any grid, without parameters and without entries in a state dict.
-
-    Args:
-        dim: Width D of a position.
-        base_grid: If given, other grids are resized bicubically from this one, as the official
-            downstream code does (published numbers depend on it); otherwise every grid gets its
-            own exact table.
-    """
-
-    def __init__(self, dim: int, base_grid: Grid | None = None) -> None:
-        super().__init__()
-        self.dim = dim
-        self.base_grid = base_grid
-        self._tables: dict[tuple[Grid, torch.device], Tensor] = {}
-
-    def forward(self, grid: Grid, device: torch.device) -> Tensor:
-        """Return the float32 positions of ``grid``, shape (rows * columns, D)."""
-        if (grid, device) not in self._tables:
-            if len(self._tables) == MAX_CACHED_GRIDS:
-                del self._tables[next(iter(self._tables))]  # the oldest
-            self._tables[grid, device] = self._build(grid).to(device)
-        return self._tables[grid, device]
-
-    def _build(self, grid: Grid) -> Tensor:
-        if self.base_grid is None or grid == self.base_grid:
-            return sincos_positions(grid, self.dim)
-        table = sincos_positions(self.base_grid, self.dim)
-        table = table.T.reshape(1, self.dim, *self.base_grid)  # [1, D, h, w]
-        table = F.interpolate(table, size=grid, mode='bicubic', align_corners=False)
-        return table.flatten(2)[0].T.contiguous()  # [N, D]
+from cae_mm.models.positions import (
+    num_relative_positions,
+    relative_position_index,
+    resize_bias_table,
+)
+from cae_mm.patches import Grid
 
 
 def check_heads(dim: int, num_heads: int) -> None:
@@ -259,57 +133,6 @@ def partition_windows(x: Tensor, size: int) -> Tensor:
     return x.transpose(2, 3).reshape(-1, size * size, D)
 
 
-def num_relative_positions(grid: Grid) -> int:
-    """Entries of a relative position table: all offsets, and three with the class token."""
-    return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
-
-
-@lru_cache(maxsize=MAX_CACHED_GRIDS)
-@torch.inference_mode(False)  # autograd cannot save what was made in inference mode
-def relative_position_index(grid: Grid, device: torch.device) -> Tensor:
-    """Entry of the relative position table for each pair of tokens, in BEiT's order.
-
-    Args:
-        grid: Rows h and columns w of the patches.
-        device: Where to put it.
-
-    Returns:
-        int64 tensor with shape (1 + h * w, 1 + h * w), class token first; rows are queries. The
-        last three entries of a table are class token to patch, patch to class token, and class
-        token to itself.
-    """
-    h, w = grid
-    rows = torch.arange(h, device=device).repeat_interleave(w)  # [N]
-    columns = torch.arange(w, device=device).repeat(h)  # [N]
-    down = rows[:, None] - rows + h - 1  # [N, N], in [0, 2h - 2]
-    right = columns[:, None] - columns + w - 1  # [N, N], in [0, 2w - 2]
-    index = F.pad(down * (2 * w - 1) + right, (1, 0, 1, 0))  # [1+N, 1+N]
-    last = num_relative_positions(grid) - 1
-    index[0, :], index[:, 0], index[0, 0] = last - 2, last - 1, last
-    return index
-
-
-def resize_bias_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
-    """Resize a relative position table from one grid to another, bicubically.
-
-    Args:
-        table: Shape ((2h - 1) * (2w - 1) + 3, heads) for the grid ``old``.
-        old: The grid (h, w) that the table is made for.
-        new: The grid that it shall be made for.
-
-    Returns:
-        The table for the grid ``new``; the three entries of the class token are kept. The table
-        itself if the grids are equal.
-    """
-    if old == new:
-        return table
-    offsets, cls_entries = table[:-3], table[-3:]
-    maps = offsets.T.reshape(1, -1, 2 * old[0] - 1, 2 * old[1] - 1)  # [1, heads, 2h-1, 2w-1]
-    size = (2 * new[0] - 1, 2 * new[1] - 1)
-    maps = F.interpolate(maps, size=size, mode='bicubic', align_corners=False)
-    return torch.cat([maps[0].flatten(1).T, cls_entries])
-
-
 class CrossAttention(nn.Module):
     """Multi-head cross-attention whose keys and values come from different inputs.
 
@@ -423,23 +246,3 @@ def init_linear_and_norm(module: nn.Module) -> None:
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
-
-
-def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Return ``size`` as (height, width)."""
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def grid_of(size: tuple[int, int], patch_size: int) -> Grid:
-    """Rows and columns of patches in an image of ``size`` (height, width) pixels.
-
-    Raises:
-        ValueError: If the size is not a multiple of the patch size.
-    """
-    if size[0] % patch_size or size[1] % patch_size:
-        up = tuple(math.ceil(side / patch_size) * patch_size for side in size)
-        raise ValueError(
-            f'an image of {size[0]}x{size[1]} pixels cannot be cut into patches of '
-            f'{patch_size}x{patch_size}: resize or pad it, for example to {up[0]}x{up[1]}'
-        )
-    return size[0] // patch_size, size[1] // patch_size

@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from mmengine.registry import MODELS
 
-from cae_mm.checkpoints.convert import build_encoder, convert_checkpoint
 from cae_mm.checkpoints.files import read_metadata, read_state_dict
-from cae_mm.checkpoints.loading import load_pretrained
-from cae_mm.checkpoints.sources import guess_source
+from cae_mm.checkpoints.pretrained import guess_source, load_pretrained
+from cae_mm.conversion.convert import build_encoder, convert_checkpoint
 from cae_mm.models import CAENeck
-from cae_mm.models.layers import split_mask
+from cae_mm.patches import split_mask
 
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1)).double()
 HEADS = dict(num_heads=3, decoder_heads=3)
@@ -65,11 +64,11 @@ def test_official_pretraining_network_computes_the_same(tmp_path, neck_width):
     logits, latents, targets = official.pretraining(IMAGES, mask, state, 3, 3)
 
     ids_v, ids_m = split_mask(mask)
-    z_v = neck.project(encoder.encode(IMAGES, ids_v)[:, 1:])
+    z_v = neck.project(encoder.forward_features(IMAGES, ids_v)[:, 1:])
     z_m = neck.regress(z_v, ids_v, ids_m, (3, 3))
     close(z_m, latents)
     close(neck.decode(z_m, ids_m, (3, 3)), logits)
-    close(neck.project(encoder.encode(IMAGES, ids_m)[:, 1:]), targets)
+    close(neck.project(encoder.forward_features(IMAGES, ids_m)[:, 1:]), targets)
 
 
 def test_official_fine_tuned_network_computes_the_same(tmp_path):

@@ -19,19 +19,19 @@ from cae_mm.checkpoints.files import (
     read_plain_pickle,
     read_state_dict,
 )
-from cae_mm.checkpoints.hook import SafeLoadHook
-from cae_mm.checkpoints.loading import (
+from cae_mm.checkpoints.pretrained import (
     KeyMatch,
     adapt_state_dict,
     check_share,
     compare_keys,
     explain_mismatch,
 )
-from cae_mm.linter.case import Case, Finding, get
-from cae_mm.linter.failures import explain
+from cae_mm.doctor.case import Case, Finding, get
+from cae_mm.doctor.failures import explain
+from cae_mm.hooks.checkpoint import SafeLoadHook
 from cae_mm.models import CAEDataPreprocessor, CAEViT, DALLEEncoder, DiscreteVAE
-from cae_mm.models.layers import to_pair
 from cae_mm.models.vit import ARCHS
+from cae_mm.patches import to_pair
 
 COMMAND_LINE = 'CHECKPOINT'
 IMG_SIZE = signature(CAEViT).parameters['img_size'].default

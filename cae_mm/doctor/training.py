@@ -9,8 +9,8 @@ from typing import Any
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 
-from cae_mm.linter.case import Case, Finding, get
-from cae_mm.linter.failures import failure
+from cae_mm.doctor.case import Case, Finding, get
+from cae_mm.doctor.failures import failure
 
 MAX_FACTOR = 1.5  # by which learning rate per image may differ from the recipe's
 

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from cae_mm import dependencies, doctor
+from cae_mm import dependencies
+from cae_mm.doctor import __main__ as doctor
+from cae_mm.doctor import installation
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def test_missing_package(capsys, without):
 
 def test_optional_problem_is_listed_but_no_failure(capsys, monkeypatch):
     problem = dependencies.Problem('too old', 'mim is too old', 'pip install mim', essential=False)
-    section = doctor.Section('Packages', [('mim', 'too old')], [problem])
+    section = installation.Section('Packages', [('mim', 'too old')], [problem])
     monkeypatch.setattr(doctor, 'check_packages', lambda: section)
     assert doctor.main([]) == 0
     assert 'mim is too old (optional)\n    pip install mim' in capsys.readouterr().out
@@ -56,8 +58,8 @@ def test_broken_module_of_ours(monkeypatch):
     def import_module(name: str) -> None:
         raise SyntaxError('invalid syntax')
 
-    monkeypatch.setattr(doctor, 'import_module', import_module)
-    [problem] = doctor.check_registries().problems
+    monkeypatch.setattr(installation, 'import_module', import_module)
+    [problem] = installation.check_registries().problems
     assert problem.text == 'the scope cae_mm is not registered: invalid syntax'
     assert problem.essential
 
@@ -70,20 +72,20 @@ def test_devices(monkeypatch):
     cuda = SimpleNamespace(
         device_count=lambda: len(devices), get_device_properties=devices.__getitem__
     )
-    monkeypatch.setattr(doctor, 'import_module', lambda name: SimpleNamespace(cuda=cuda))
-    assert doctor.check_devices().rows == [
+    monkeypatch.setattr(installation, 'import_module', lambda name: SimpleNamespace(cuda=cuda))
+    assert installation.check_devices().rows == [
         ('0', 'H100', '80 GiB', 'bf16'),
         ('1', 'V100', '16 GiB', 'no bf16'),
     ]
     devices.clear()
-    assert doctor.check_devices().rows == [('none: CPU',)]
+    assert installation.check_devices().rows == [('none: CPU',)]
 
 
 def test_weights(tmp_path):
-    assert doctor.check_weights(tmp_path / 'absent').rows == [('none',)]
+    assert installation.check_weights(tmp_path / 'absent').rows == [('none',)]
     (tmp_path / 'README.md').write_text('what belongs here')
     (tmp_path / 'dalle_encoder.pth').write_bytes(bytes(3 * 2**19))
-    assert doctor.check_weights(tmp_path).rows == [('dalle_encoder.pth', '1.5 MiB')]
+    assert installation.check_weights(tmp_path).rows == [('dalle_encoder.pth', '1.5 MiB')]
 
 
 def test_config_is_linted(capsys):

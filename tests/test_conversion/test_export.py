@@ -6,15 +6,15 @@ import re
 import sys
 from dataclasses import replace
 
+import cae_mm.conversion.export as export_module
 import official_reference as official
 import pytest
 import torch
 from mmengine.registry import MODELS
 
-import cae_mm.checkpoints.export as export_module
-from cae_mm.checkpoints.convert import convert_checkpoint
-from cae_mm.checkpoints.export import TARGETS, export_checkpoint
 from cae_mm.checkpoints.files import read_state_dict
+from cae_mm.conversion.convert import convert_checkpoint
+from cae_mm.conversion.export import TARGETS, export_checkpoint
 from cae_mm.models import CAEViT
 
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
@@ -159,8 +159,8 @@ def test_hugging_face_gets_no_head_and_says_so(tmp_path):
 def test_positions_resized_from_another_size_go_along(tmp_path):
     model = build(img_size=(12, 20), pretrain_img_size=56)
     state = {f'backbone.{k}': v for k, v in model.state_dict().items()}
-    from cae_mm.checkpoints.convert import fixed_tensors
     from cae_mm.checkpoints.files import write_safetensors
+    from cae_mm.conversion.convert import fixed_tensors
 
     sizes = dict(
         embed_dims=24,

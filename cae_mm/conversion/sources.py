@@ -11,7 +11,8 @@ References:
 
 from collections.abc import Iterable, Mapping
 
-from cae_mm.checkpoints.rules import Fixed, LeaveOut, Move, Rule, Same, Shared
+from cae_mm.checkpoints.pretrained import guess_source
+from cae_mm.conversion.rules import Fixed, LeaveOut, Move, Rule, Same, Shared
 
 TABLE = 'relative_position_bias_table'
 INDEX = 'relative_position_index'
@@ -238,26 +239,6 @@ TABLES: dict[str, dict[str, list[Rule]]] = {
     'timm': {'cls_token': TIMM},
 }
 SOURCES = tuple(TABLES)
-HALLMARKS = {
-    'huggingface': ('embeddings.cls_token', 'beit.embeddings.cls_token'),
-    'mmpretrain': ('backbone.patch_embed.projection.weight',),
-    'passl': ('regressor_and_decoder.norm.weight',),
-    'official': ('encoder.cls_token', 'backbone.pos_embed', 'blocks.0.attn.' + INDEX),
-    'timm': ('pos_embed',),
-}
-
-
-def guess_source(keys: Iterable[str]) -> str | None:
-    """Name the project that names its weights so, None if none of them does (ours, for example).
-
-    A fine-tuned encoder without relative position bias has the same keys in the official code and
-    in timm, and means the same: it is called timm's.
-    """
-    keys = set(keys)
-    for source, hallmarks in HALLMARKS.items():
-        if keys & set(hallmarks):
-            return source
-    return None
 
 
 def table_for(source: str, keys: Iterable[str]) -> list[Rule]:

@@ -5,6 +5,7 @@ the pickle; a ``PretrainedModule`` loads through this file instead.
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,20 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from cae_mm.checkpoints.files import read_metadata, read_state_dict
-from cae_mm.checkpoints.sources import guess_source
 
 MAX_KEYS_SHOWN = 5
+# A key of each project whose weights can be converted; the first that fits is taken.
+HALLMARKS = {
+    'huggingface': ('embeddings.cls_token', 'beit.embeddings.cls_token'),
+    'mmpretrain': ('backbone.patch_embed.projection.weight',),
+    'passl': ('regressor_and_decoder.norm.weight',),
+    'official': (
+        'encoder.cls_token',
+        'backbone.pos_embed',
+        'blocks.0.attn.relative_position_index',
+    ),
+    'timm': ('pos_embed',),
+}
 
 
 class PretrainedModule(BaseModule):
@@ -272,3 +284,16 @@ def explain_mismatch(target: dict[str, Tensor], source: dict[str, Tensor], prefi
         widths = source[prefix + token[0]].shape[-1], target[token[0]].shape[-1]
         return f'. The file has width {widths[0]}, the model {widths[1]}: it is of another arch'
     return ''
+
+
+def guess_source(keys: Iterable[str]) -> str | None:
+    """Name the project that names its weights so, None if none of them does (ours, for example).
+
+    A fine-tuned encoder without relative position bias has the same keys in the official code and
+    in timm, and means the same: it is called timm's.
+    """
+    keys = set(keys)
+    for source, hallmarks in HALLMARKS.items():
+        if keys & set(hallmarks):
+            return source
+    return None

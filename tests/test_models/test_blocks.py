@@ -4,23 +4,15 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from cae_mm.models.layers import (
+from cae_mm.models.blocks import (
     Attention,
     Block,
     CrossAttention,
     Mlp,
-    SinCosPositions,
-    gather_tokens,
-    grid_of,
     init_linear_and_norm,
     linear_drop_path,
-    patchify,
-    sincos_positions,
-    split_mask,
-    to_pair,
     trunc_normal_,
 )
 
@@ -42,128 +34,6 @@ def equal(a, b):
 
 def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize(('height', 'width', 'p'), [(32, 32, 8), (16, 48, 8), (60, 20, 5)])
-def test_patchify_and_linear_are_a_convolution(height, width, p):
-    torch.manual_seed(0)
-    conv = nn.Conv2d(3, 10, p, stride=p).double()
-    images = torch.randn(2, 3, height, width, dtype=torch.float64)
-    tokens = F.linear(patchify(images, p), conv.weight.flatten(1), conv.bias)
-    close(tokens, conv(images).flatten(2).transpose(1, 2))
-
-
-def test_patchify_takes_row_major_patches():
-    images = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6)
-    patches = patchify(images, 2)
-    assert patches.shape == (2, 6, 12)
-    for row in range(2):
-        for column in range(3):
-            cut = images[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
-            equal(patches[:, 3 * row + column], cut.flatten(1))
-
-
-def test_gather_tokens_against_loops():
-    torch.manual_seed(0)
-    x = torch.randn(3, 7, 4)
-    ids = torch.randint(7, (3, 5))
-    taken = gather_tokens(x, ids)
-    assert taken.shape == (3, 5, 4)
-    for b in range(3):
-        for k in range(5):
-            equal(taken[b, k], x[b, ids[b, k]])
-
-
-def test_split_mask_is_ascending_and_complementary():
-    torch.manual_seed(0)
-    mask = torch.rand(20, 30).argsort(1) < 12
-    visible, masked = split_mask(mask)
-    assert visible.dtype == masked.dtype == torch.int64
-    assert visible.shape == (20, 18)
-    assert masked.shape == (20, 12)
-    for row, ids_v, ids_m in zip(mask, visible, masked, strict=True):
-        equal(ids_v, torch.nonzero(~row).flatten())
-        equal(ids_m, torch.nonzero(row).flatten())
-
-
-@pytest.mark.parametrize(
-    ('mask', 'message'),
-    [
-        ([[1, 0, 0], [1, 1, 0]], r'must hide the same number of patches, but they hide \[1, 2\]'),
-        ([[1, 1, 1], [1, 1, 1]], '3 of 3 patches are masked: CAE needs at least one visible'),
-        ([[0, 0, 0], [0, 0, 0]], '0 of 3 patches are masked: .* True where a patch is masked'),
-    ],
-)
-def test_split_mask_refuses(mask, message):
-    with pytest.raises(ValueError, match=message):
-        split_mask(torch.tensor(mask, dtype=torch.bool))
-
-
-@pytest.mark.parametrize('grid', [(4, 4), (3, 5), (1, 6)])
-def test_sincos_positions_against_loops(grid):
-    dim = 16
-    table = sincos_positions(grid, dim)
-    assert table.dtype == torch.float32
-    assert table.shape == (grid[0] * grid[1], dim)
-    for row in range(grid[0]):
-        for column in range(grid[1]):
-            position = table[row * grid[1] + column]
-            for i in range(4):
-                omega = 1 / 10000 ** (i / 4)
-                expected = [
-                    math.sin(row * omega),
-                    math.cos(row * omega),
-                    math.sin(column * omega),
-                    math.cos(column * omega),
-                ]
-                assert position[i::4].tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_sincos_positions_of_a_square_are_symmetric():
-    """Transposing the grid swaps the row half and the column half."""
-    table = sincos_positions((5, 5), 8).reshape(5, 5, 2, 4)
-    equal(table[:, :, 0], table[:, :, 1].transpose(0, 1))
-
-
-def test_sincos_positions_of_a_rectangle():
-    """One half depends on the row only, the other on the column only; the official code mixes."""
-    table = sincos_positions((3, 7), 8).reshape(3, 7, 2, 4)
-    equal(table[:, :, 0], table[:, :1, 0].expand(3, 7, 4))
-    equal(table[:, :, 1], table[:1, :, 1].expand(3, 7, 4))
-    assert len(table.reshape(21, 8).unique(dim=0)) == 21
-
-
-def test_sincos_positions_refuse_odd_widths():
-    with pytest.raises(ValueError, match='a width that is a multiple of 4, not 18'):
-        sincos_positions((2, 2), 18)
-
-
-def test_positions_of_the_base_grid_are_exact():
-    equal(SinCosPositions(16, base_grid=(4, 6))((4, 6), CPU), sincos_positions((4, 6), 16))
-
-
-@pytest.mark.parametrize('grid', [(8, 12), (4, 5), (2, 3)])
-def test_positions_of_other_grids_are_resized_bicubically(grid):
-    positions = SinCosPositions(16, base_grid=(4, 6))(grid, CPU)
-    base = sincos_positions((4, 6), 16).reshape(1, 4, 6, 16).permute(0, 3, 1, 2)
-    resized = F.interpolate(base, size=grid, mode='bicubic', align_corners=False)
-    equal(positions, resized[0].permute(1, 2, 0).reshape(-1, 16))
-    assert (positions - sincos_positions(grid, 16)).abs().max() > 0.01
-
-
-def test_without_a_base_grid_each_grid_is_exact():
-    positions = SinCosPositions(16)
-    for grid in ((4, 4), (3, 9)):
-        equal(positions(grid, CPU), sincos_positions(grid, 16))
-
-
-def test_positions_are_cached_and_not_saved():
-    positions = SinCosPositions(16, base_grid=(4, 4))
-    assert positions((2, 3), CPU) is positions((2, 3), CPU)
-    assert positions((4, 4), CPU) is not positions((2, 3), CPU)
-    assert not list(positions.parameters())
-    assert not positions.state_dict()
-    assert positions.double()((4, 4), CPU).dtype == torch.float32
 
 
 def naive_attention(q, k, v, num_heads):
@@ -292,23 +162,6 @@ def test_init_linear_and_norm():
     equal(module[0].bias.data, torch.zeros(50))
     equal(module[1].weight.data, torch.ones(50))
     equal(module[1].bias.data, torch.zeros(50))
-
-
-def test_to_pair():
-    assert to_pair(224) == (224, 224)
-    assert to_pair((96, 160)) == to_pair([96, 160]) == (96, 160)
-
-
-def test_grid_of():
-    assert grid_of((224, 224), 16) == (14, 14)
-    assert grid_of((96, 160), 16) == (6, 10)
-
-
-@pytest.mark.parametrize('size', [(225, 160), (240, 150)])
-def test_grid_of_proposes_a_size(size):
-    message = rf'{size[0]}x{size[1]} pixels cannot be cut into patches of 16x16: .* to 240x160$'
-    with pytest.raises(ValueError, match=message):
-        grid_of(size, 16)
 
 
 @pytest.mark.parametrize('attention', [Attention, CrossAttention])

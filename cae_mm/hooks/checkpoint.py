@@ -14,7 +14,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor
 
 from cae_mm.checkpoints.files import HARMLESS, get_state_dict, read_plain_pickle, read_state_dict
-from cae_mm.checkpoints.loading import (
+from cae_mm.checkpoints.pretrained import (
     adapt_state_dict,
     check_share,
     compare_keys,

@@ -12,11 +12,12 @@ from mmengine.config import Config, ConfigDict
 from PIL import Image
 from safetensors.torch import save_file
 
-from cae_mm.linter import Finding, Machine, case, lint, main, weights
-from cae_mm.linter.report import format_finding
-from cae_mm.linter.training import named_batch
+from cae_mm.doctor import case, weights
+from cae_mm.doctor.case import Finding, Machine
+from cae_mm.doctor.report import format_finding, lint, main
+from cae_mm.doctor.training import named_batch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path for path in (ROOT / 'configs').glob('*/*.py') if path.parent.name != '_base_')
 SIDE = GRID[0] * PATCH
 GPU = Machine(processes=1, cuda=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 from mmengine.config import DictAction
 
-from cae_mm.linter import data, model, training, weights
-from cae_mm.linter.case import LEVELS, Case, Finding, Machine
-from cae_mm.linter.failures import explain
+from cae_mm.doctor import data, model, training, weights
+from cae_mm.doctor.case import LEVELS, Case, Finding, Machine
+from cae_mm.doctor.failures import explain
 
 CHECKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
     model.check_types,

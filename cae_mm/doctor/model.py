@@ -9,11 +9,11 @@ from mmengine.registry import Registry
 
 from cae_mm import registry as own_registries
 from cae_mm.datasets import CAEMaskGenerator, TwoViewResizedCrop
-from cae_mm.linter.case import Case, Finding, quiet
-from cae_mm.linter.failures import explain, failure
+from cae_mm.doctor.case import Case, Finding, quiet
+from cae_mm.doctor.failures import explain, failure
 from cae_mm.models import AttentiveProbeHead, LinearProbeHead
-from cae_mm.models.layers import Grid
 from cae_mm.models.targets import RGBTarget
+from cae_mm.patches import Grid
 
 # what mmengine takes out of a dict before it reaches the class
 MMENGINE_KEYS = {'type', 'constructor', 'paramwise_cfg', 'priority', '_scope_', '_delete_'}

@@ -15,13 +15,8 @@ from mmengine.registry import HOOKS, DefaultScope
 from mmengine.runner import Runner
 from PIL import Image
 
-from cae_mm.evaluation import (
-    KNNHook,
-    extract_features,
-    knn_accuracies,
-    labelled_images,
-    load_encoder,
-)
+from cae_mm.evaluation import extract_features, knn_accuracies, labelled_images, load_encoder
+from cae_mm.hooks import KNNHook
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cae_mm.checkpoints import SafeLoadHook
+from cae_mm.hooks import SafeLoadHook
 from cae_mm.models import CAEViT
 
 

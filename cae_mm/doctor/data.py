@@ -6,8 +6,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cae_mm.linter.case import Case, Finding
-from cae_mm.linter.failures import explain, failure
+from cae_mm.doctor.case import Case, Finding
+from cae_mm.doctor.failures import explain, failure
 
 SMALL_LIST = 2**20  # bytes; longer lists of images are not read
 

@@ -7,7 +7,7 @@ import torch
 from mmengine.logging import MessageHub
 from mmpretrain.structures import DataSample
 
-from cae_mm.engine import EpochSeedHook, GumbelTemperatureHook, NonFiniteLossHook, ThroughputHook
+from cae_mm.hooks import EpochSeedHook, GumbelTemperatureHook, NonFiniteLossHook, ThroughputHook
 
 
 class FakeRunner:
@@ -36,7 +36,7 @@ def test_seeds_depend_on_seed_and_epoch_alone():
 def test_seeds_differ_between_ranks(monkeypatch):
     draws = set()
     for rank in range(2):
-        monkeypatch.setattr('cae_mm.engine.hooks.get_rank', lambda rank=rank: rank)
+        monkeypatch.setattr('cae_mm.hooks.training.get_rank', lambda rank=rank: rank)
         EpochSeedHook().before_train_epoch(FakeRunner())
         draws.add(draw())
     assert len(draws) == 2
@@ -68,7 +68,7 @@ def test_a_loss_that_broke_on_another_process_stops_this_one_too():
 
 
 def test_throughput_counts_all_processes(monkeypatch):
-    monkeypatch.setattr('cae_mm.engine.hooks.get_world_size', lambda: 4)
+    monkeypatch.setattr('cae_mm.hooks.training.get_world_size', lambda: 4)
     runner = FakeRunner()
     runner.message_hub.update_scalar('train/time', 0.5)
     ThroughputHook().after_train_iter(runner, 0, {'data_samples': [None] * 8})

@@ -6,7 +6,7 @@ from typing import Any
 
 from mmengine.registry import build_from_cfg
 
-from cae_mm.linter.case import Case, Finding
+from cae_mm.doctor.case import Case, Finding
 
 ARGUMENT = re.compile(r"unexpected keyword argument '(\w+)'|^(\w+) must be|Unknown (\w+)")
 

@@ -15,17 +15,11 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from cae_mm.checkpoints.convert import (
-    PARTS,
-    build_encoder,
-    fixed_tensors,
-    grid_from,
-    translate,
-)
 from cae_mm.checkpoints.files import read_metadata, read_state_dict
-from cae_mm.checkpoints.loading import find_file, name_some
-from cae_mm.checkpoints.rules import Row, Rule, Translation, count_blocks, to_theirs
-from cae_mm.checkpoints.sources import (
+from cae_mm.checkpoints.pretrained import find_file, name_some
+from cae_mm.conversion.convert import PARTS, build_encoder, fixed_tensors, grid_from, translate
+from cae_mm.conversion.rules import Row, Rule, Translation, count_blocks, to_theirs
+from cae_mm.conversion.sources import (
     HUGGINGFACE,
     INDEX,
     MMPRETRAIN,
@@ -34,8 +28,8 @@ from cae_mm.checkpoints.sources import (
     TABLE,
     TIMM,
 )
-from cae_mm.models.layers import to_pair
 from cae_mm.models.vit import ARCHS
+from cae_mm.patches import to_pair
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}  # of the largest value
 

@@ -9,21 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from cae_mm.checkpoints.files import read_state_dict, write_safetensors
-from cae_mm.checkpoints.loading import compare_keys, name_some
-from cae_mm.checkpoints.paddle import SUFFIXES, read_paddle
-from cae_mm.checkpoints.rules import (
-    Move,
-    Row,
-    Rule,
-    Translation,
-    count_blocks,
-    match_key,
-    to_ours,
-)
-from cae_mm.checkpoints.sources import INDEX, SOURCES, TABLE, guess_source, table_for
-from cae_mm.models.layers import Grid, SinCosPositions, relative_position_index
+from cae_mm.checkpoints.pretrained import compare_keys, guess_source, name_some
+from cae_mm.conversion.paddle import SUFFIXES, read_paddle
+from cae_mm.conversion.rules import Move, Row, Rule, Translation, count_blocks, match_key, to_ours
+from cae_mm.conversion.sources import INDEX, SOURCES, TABLE, table_for
 from cae_mm.models.neck import CAENeck
+from cae_mm.models.positions import SinCosPositions, relative_position_index
 from cae_mm.models.vit import CAEViT
+from cae_mm.patches import Grid
 
 PARTS = ('encoder', 'full')
 # Heads by width, where nothing in a file tells them. The official models (and PASSL's, which

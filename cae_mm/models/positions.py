@@ -1,0 +1,133 @@
+"""Where a patch is: fixed sin-cos positions, and tables of a learned relative position bias.
+
+References:
+    Official code: https://github.com/Atten4Vis/CAE/blob/master/models/modeling_cae_helper.py
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cae_mm.patches import Grid
+
+# images of detection come in hundreds of sizes, whose tables would fill a GPU
+MAX_CACHED_GRIDS = 8
+
+
+def sincos_positions(grid: Grid, dim: int, temperature: float = 10000.0) -> Tensor:
+    """Fixed 2D sin-cos positions [sin(row), cos(row), sin(column), cos(column)].
+
+    Equals the official table on square grids. The official code mixes up height and width on
+    other grids (``build_2d_sincos_position_embedding``), here every grid is right.
+
+    Args:
+        grid: Rows and columns of the patch grid.
+        dim: Width D, a multiple of 4.
+        temperature: Base of the geometric series of wave lengths.
+
+    Returns:
+        float32 tensor with shape (rows * columns, D), on the CPU.
+
+    Raises:
+        ValueError: If ``dim`` is not a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f'2D sin-cos positions need a width that is a multiple of 4, not {dim}')
+    steps = torch.arange(dim // 4, dtype=torch.float32, device='cpu') / (dim // 4)
+    omega = 1.0 / temperature**steps  # [D/4]
+    rows, columns = torch.meshgrid(
+        torch.arange(grid[0], dtype=torch.float32, device='cpu'),
+        torch.arange(grid[1], dtype=torch.float32, device='cpu'),
+        indexing='ij',
+    )
+    row_angles = rows.reshape(-1, 1) * omega  # [N, D/4]
+    column_angles = columns.reshape(-1, 1) * omega  # [N, D/4]
+    return torch.cat(
+        [row_angles.sin(), row_angles.cos(), column_angles.sin(), column_angles.cos()], dim=1
+    )  # [N, D]
+
+
+class SinCosPositions(nn.Module):
+    """Fixed positions for any grid, without parameters and without entries in a state dict.
+
+    Args:
+        dim: Width D of a position.
+        base_grid: If given, other grids are resized bicubically from this one, as the official
+            downstream code does (published numbers depend on it); otherwise every grid gets its
+            own exact table.
+    """
+
+    def __init__(self, dim: int, base_grid: Grid | None = None) -> None:
+        super().__init__()
+        self.dim = dim
+        self.base_grid = base_grid
+        self._tables: dict[tuple[Grid, torch.device], Tensor] = {}
+
+    def forward(self, grid: Grid, device: torch.device) -> Tensor:
+        """Return the float32 positions of ``grid``, shape (rows * columns, D)."""
+        if (grid, device) not in self._tables:
+            if len(self._tables) == MAX_CACHED_GRIDS:
+                del self._tables[next(iter(self._tables))]  # the oldest
+            self._tables[grid, device] = self._build(grid).to(device)
+        return self._tables[grid, device]
+
+    def _build(self, grid: Grid) -> Tensor:
+        if self.base_grid is None or grid == self.base_grid:
+            return sincos_positions(grid, self.dim)
+        table = sincos_positions(self.base_grid, self.dim)
+        table = table.T.reshape(1, self.dim, *self.base_grid)  # [1, D, h, w]
+        table = F.interpolate(table, size=grid, mode='bicubic', align_corners=False)
+        return table.flatten(2)[0].T.contiguous()  # [N, D]
+
+
+def num_relative_positions(grid: Grid) -> int:
+    """Entries of a relative position table: all offsets, and three with the class token."""
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+
+
+@lru_cache(maxsize=MAX_CACHED_GRIDS)
+@torch.inference_mode(False)  # autograd cannot save what was made in inference mode
+def relative_position_index(grid: Grid, device: torch.device) -> Tensor:
+    """Entry of the relative position table for each pair of tokens, in BEiT's order.
+
+    Args:
+        grid: Rows h and columns w of the patches.
+        device: Where to put it.
+
+    Returns:
+        int64 tensor with shape (1 + h * w, 1 + h * w), class token first; rows are queries. The
+        last three entries of a table are class token to patch, patch to class token, and class
+        token to itself.
+    """
+    h, w = grid
+    rows = torch.arange(h, device=device).repeat_interleave(w)  # [N]
+    columns = torch.arange(w, device=device).repeat(h)  # [N]
+    down = rows[:, None] - rows + h - 1  # [N, N], in [0, 2h - 2]
+    right = columns[:, None] - columns + w - 1  # [N, N], in [0, 2w - 2]
+    index = F.pad(down * (2 * w - 1) + right, (1, 0, 1, 0))  # [1+N, 1+N]
+    last = num_relative_positions(grid) - 1
+    index[0, :], index[:, 0], index[0, 0] = last - 2, last - 1, last
+    return index
+
+
+def resize_bias_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
+    """Resize a relative position table from one grid to another, bicubically.
+
+    Args:
+        table: Shape ((2h - 1) * (2w - 1) + 3, heads) for the grid ``old``.
+        old: The grid (h, w) that the table is made for.
+        new: The grid that it shall be made for.
+
+    Returns:
+        The table for the grid ``new``; the three entries of the class token are kept. The table
+        itself if the grids are equal.
+    """
+    if old == new:
+        return table
+    offsets, cls_entries = table[:-3], table[-3:]
+    maps = offsets.T.reshape(1, -1, 2 * old[0] - 1, 2 * old[1] - 1)  # [1, heads, 2h-1, 2w-1]
+    size = (2 * new[0] - 1, 2 * new[1] - 1)
+    maps = F.interpolate(maps, size=size, mode='bicubic', align_corners=False)
+    return torch.cat([maps[0].flatten(1).T, cls_entries])

@@ -1,0 +1,90 @@
+"""Images as grids of patches, and which of the patches a mask hides."""
+
+import math
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int]  # rows and columns of patches
+
+
+def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return ``size`` as (height, width)."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def grid_of(size: tuple[int, int], patch_size: int) -> Grid:
+    """Rows and columns of patches in an image of ``size`` (height, width) pixels.
+
+    Raises:
+        ValueError: If the size is not a multiple of the patch size.
+    """
+    if size[0] % patch_size or size[1] % patch_size:
+        up = tuple(math.ceil(side / patch_size) * patch_size for side in size)
+        raise ValueError(
+            f'an image of {size[0]}x{size[1]} pixels cannot be cut into patches of '
+            f'{patch_size}x{patch_size}: resize or pad it, for example to {up[0]}x{up[1]}'
+        )
+    return size[0] // patch_size, size[1] // patch_size
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut images into flat patches.
+
+    Args:
+        images: Tensor with shape (B, C, H, W); H and W are multiples of ``patch_size``.
+        patch_size: Side p of a patch in pixels.
+
+    Returns:
+        Tensor with shape (B, N, C * p * p), N = H/p * W/p in row-major order; the last axis is
+        ordered as a convolution's weight (C, p, p).
+    """
+    B, C, H, W = images.shape
+    p = patch_size
+    x = images.reshape(B, C, H // p, p, W // p, p)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)  # [B, N, C*p*p]
+
+
+def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
+    """Take the tokens ``ids`` of each image.
+
+    Args:
+        x: Tensor with shape (B, N, D).
+        ids: Integer tensor with shape (B, K), values in [0, N).
+
+    Returns:
+        Tensor with shape (B, K, D).
+    """
+    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def split_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn a mask into the indices of visible and of masked patches, both ascending.
+
+    With the mask in host memory (``CAEDataPreprocessor`` leaves it there) no device is waited
+    for; with the mask on a device the number of masked patches has to be read back from it.
+
+    Args:
+        mask: Bool tensor with shape (B, N), True = masked.
+
+    Returns:
+        Two int64 tensors with shapes (B, N - M) and (B, M).
+
+    Raises:
+        ValueError: If the images of the batch have different numbers of masked patches, or if all
+            or none of the patches are masked.
+    """
+    counts = mask.sum(1).tolist()
+    M, N = counts[0], mask.shape[1]
+    if any(count != M for count in counts):
+        raise ValueError(
+            'all masks of a batch must hide the same number of patches, but they hide '
+            f'{sorted(set(counts))}: use cae_mm.CAEMaskGenerator, whose count is exact'
+        )
+    if not 0 < M < N:
+        raise ValueError(
+            f'{M} of {N} patches are masked: CAE needs at least one visible and one masked patch '
+            '(a mask is True where a patch is masked)'
+        )
+    order = mask.to(torch.uint8).argsort(dim=1, stable=True)  # [B, N], visible patches first
+    return order[:, : N - M], order[:, N - M :]
