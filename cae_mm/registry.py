@@ -10,6 +10,7 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import OPTIMIZERS as MMENGINE_OPTIMIZERS
+from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
@@ -20,6 +21,7 @@ __all__ = [
     'OPTIMIZERS',
     'OPTIM_WRAPPERS',
     'OPTIM_WRAPPER_CONSTRUCTORS',
+    'RUNNERS',
     'TRANSFORMS',
 ]
 
@@ -34,4 +36,5 @@ MODELS = _child(MMENGINE_MODELS, 'cae_mm.models')
 OPTIMIZERS = _child(MMENGINE_OPTIMIZERS, 'cae_mm.engine')
 OPTIM_WRAPPERS = _child(MMENGINE_OPTIM_WRAPPERS, 'cae_mm.engine')
 OPTIM_WRAPPER_CONSTRUCTORS = _child(MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS, 'cae_mm.engine')
+RUNNERS = _child(MMENGINE_RUNNERS, 'cae_mm.engine')
 TRANSFORMS = _child(MMENGINE_TRANSFORMS, 'cae_mm.datasets')

@@ -14,13 +14,13 @@ from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from cae_mm.engine.cli import add_common_arguments, load_config
+from cae_mm.engine.cli import add_run_arguments, load_run_config
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line; the options are those of mmpretrain's tool."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_common_arguments(parser)
+    add_run_arguments(parser)
     parser.add_argument('checkpoint', help='weights to evaluate')
     parser.add_argument('--out', help='write the metrics to this .json file')
     parser.add_argument('--dump', help='write all predictions to this .pkl file')
@@ -66,7 +66,7 @@ def paint_into(folder: str, cfg: Config) -> None:
 def main() -> None:
     """Build the Runner and evaluate."""
     args = parse_args()
-    cfg = merge_args(load_config(args), args)
+    cfg = merge_args(load_run_config(args), args)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     metrics = runner.test()
     if args.out and is_main_process():

@@ -11,13 +11,13 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from cae_mm.engine.cli import add_common_arguments, load_config
+from cae_mm.engine.cli import add_run_arguments, load_run_config
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line; the options are those of mmpretrain's tool."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_common_arguments(parser)
+    add_run_arguments(parser)
     parser.add_argument(
         '--resume',
         nargs='?',
@@ -25,11 +25,13 @@ def parse_args() -> argparse.Namespace:
         help='continue from this checkpoint, or from the last one in the work directory',
     )
     parser.add_argument(
-        '--amp', action='store_true', help='bfloat16 mixed precision, on GPU and CPU'
+        '--amp', action='store_true', help='mixed precision in the format that the machine has'
     )
     parser.add_argument('--no-validate', action='store_true', help='do not evaluate in training')
     parser.add_argument(
-        '--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size'
+        '--auto-scale-lr',
+        action='store_true',
+        help='keep to the batch of the recipe (our configs do anyway)',
     )
     return parser.parse_args()
 
@@ -39,9 +41,8 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     if args.amp:
-        cfg.optim_wrapper.type = 'cae_mm.BF16OptimWrapper'
+        cfg.optim_wrapper.update(type='cae_mm.MixedPrecisionOptimWrapper', dtype='auto')
         cfg.optim_wrapper.pop('loss_scale', None)
-        cfg.optim_wrapper.pop('dtype', None)
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
@@ -55,7 +56,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
 def main() -> None:
     """Build the Runner and train."""
     args = parse_args()
-    cfg = merge_args(load_config(args), args)
+    cfg = merge_args(load_run_config(args), args)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.train()
 

@@ -52,8 +52,12 @@ class EncoderDescription:
     def from_dict(cls, content: Mapping[str, Any]) -> 'EncoderDescription':
         """Read what ``to_dict`` made, lists for tuples as in JSON; unknown keys are left out."""
         known = {field.name for field in fields(cls)}
-        values = {key: value for key, value in content.items() if key in known}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in content.items()
+            if key in known
+        }
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, for JSON or a checkpoint."""

@@ -1,5 +1,7 @@
-"""What the Runner needs beside models, data and hooks: optimisation and number formats."""
+"""What the Runner needs beside models, data and hooks: optimisation, number formats, settings."""
 
-from cae_mm.engine.optim import LARS, BF16OptimWrapper, LayerDecayOptimWrapperConstructor
+from cae_mm.engine.mixed_precision import MixedPrecisionOptimWrapper
+from cae_mm.engine.optim import LARS, LayerDecayOptimWrapperConstructor
+from cae_mm.engine.runner import CAERunner
 
-__all__ = ['BF16OptimWrapper', 'LARS', 'LayerDecayOptimWrapperConstructor']
+__all__ = ['CAERunner', 'LARS', 'LayerDecayOptimWrapperConstructor', 'MixedPrecisionOptimWrapper']

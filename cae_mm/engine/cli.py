@@ -1,58 +1,80 @@
-"""What the command lines of ``tools/train.py`` and ``tools/test.py`` have in common."""
+"""What the command lines of all tools have in common."""
 
 import argparse
+import inspect
 import os
 from pathlib import Path
+from typing import Any
 
-import torch
 from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
+
+from cae_mm.engine.settings import apply_settings, suggest
+
+# what mmengine, and its train.py and test.py in mmpretrain, mmseg and mmdet, look at
+RUNNER_KEYS = {*inspect.signature(Runner.__init__).parameters, 'runner_type', 'settings'}
+OTHER_KEYS = {
+    'activation_checkpointing',
+    'compile',
+    'custom_imports',
+    'model_wrapper_cfg',
+    'tta_model',
+}
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that every tool with a config takes, spelled as in mmpretrain."""
-    parser.add_argument('config', help='config file')
-    parser.add_argument('--work-dir', help='where logs and checkpoints go')
+def add_config_arguments(parser: argparse.ArgumentParser, config: str = 'config file') -> None:
+    """Add the config and its overrides, spelled as in mmpretrain."""
+    parser.add_argument('config', help=config)
     parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
-        help='override values of the config, as in train_dataloader.batch_size=32 '
-        'train_dataloader.dataset.pipeline.2.size=128 key="[a,b]"',
+        help='override values of the config, as in settings.img_size=128 '
+        'train_dataloader.num_workers=4 key="[a,b]"',
     )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of tools that start a Runner."""
+    add_config_arguments(parser)
+    parser.add_argument('--work-dir', help='where logs and checkpoints go')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     # torch.distributed.launch of torch < 2 passes the one, of torch >= 2 the other
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
 
 
-def load_config(args: argparse.Namespace) -> Config:
-    """Read the config with the common options applied.
+def load_config(path: str | Path, options: dict[str, Any] | None = None) -> Config:
+    """Read a config, put options into it, and apply its settings.
+
+    Args:
+        path: The config, which like any config runs as a program.
+        options: Values by key with dots.
 
     Raises:
         FileNotFoundError: If there is no such config.
+        ValueError: If an option is none that anything would look at.
     """
-    if not Path(args.config).is_file():
-        raise FileNotFoundError(f'no config at {Path(args.config).absolute()}')
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'no config at {Path(path).absolute()}')
+    cfg = Config.fromfile(path)
+    known = {*cfg, *RUNNER_KEYS, *OTHER_KEYS}
+    for key in options or {}:
+        top = key.partition('.')[0]
+        if top not in known:
+            raise ValueError(f'--cfg-options {key}: nothing looks at {top}{suggest(top, known)}')
+    cfg.merge_from_dict(options or {})
+    settings = dict(cfg.pop('settings', None) or {})
+    apply_settings(cfg, **settings)
+    return cfg
+
+
+def load_run_config(args: argparse.Namespace) -> Config:
+    """Read the config of a run with the options of ``add_run_arguments`` applied."""
+    cfg = load_config(args.config, args.cfg_options)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = Config.fromfile(args.config)
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
     cfg.launcher = args.launcher
     if args.work_dir:
         cfg.work_dir = args.work_dir
     elif not cfg.get('work_dir'):
         cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
-    if not torch.cuda.is_available():
-        _fit_to_cpu(cfg)
     return cfg
-
-
-def _fit_to_cpu(cfg: Config) -> None:
-    """Change what would fail or warn without a GPU, which mmengine takes for granted."""
-    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-        if cfg.get(name):
-            cfg[name].pin_memory = False
-    if cfg.launcher == 'pytorch':  # several processes on CPUs
-        torch.distributed.init_process_group('gloo')
-        cfg.model_wrapper_cfg = dict(
-            type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False
-        )

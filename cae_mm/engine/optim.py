@@ -1,7 +1,5 @@
-"""Parameter groups as in the official code, LARS, and bfloat16 on CPU and GPU."""
+"""Parameter groups as in the official code, and LARS."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -10,66 +8,13 @@ from mmengine.model import is_model_wrapper
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import OPTIMIZERS as MMENGINE_OPTIMIZERS
-from mmengine.runner.amp import autocast
 from torch import Tensor, nn
 
-from cae_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
+from cae_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
 
 # beside 1-D parameters: class token and positions (official ``no_weight_decay``), and relative
 # position tables (official: with --disable_weight_decay_on_rel_pos_bias, which is off by default)
 NO_DECAY = ('cls_token', 'pos_embed', 'relative_position_bias_table')
-
-
-@OPTIM_WRAPPERS.register_module()
-class BF16OptimWrapper(OptimWrapper):
-    """Run forward passes under bfloat16 autocast, on a CPU too (mmengine's AMP wants a GPU).
-
-    bfloat16 has float32's range, so there is no loss scaling. For GPUs without bfloat16 use
-    mmengine's ``AmpOptimWrapper``, that is float16 with loss scaling, as in the official code.
-
-    Args:
-        args: Of ``mmengine.optim.OptimWrapper``.
-        modules: Attributes of the model that alone run in bfloat16 and give back float32, for
-            example ``['backbone', 'neck']`` where heads need operators without bfloat16; they
-            return tuples of tensors. None: the whole model.
-        kwargs: Of ``mmengine.optim.OptimWrapper``.
-    """
-
-    def __init__(self, *args: Any, modules: Sequence[str] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.modules = modules
-
-    @contextmanager
-    def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Enter autocast, and skip gradient synchronisation while accumulating."""
-        with super().optim_context(model), ExitStack() as stack:
-            if self.modules is None:
-                stack.enter_context(autocast(dtype=torch.bfloat16))
-            inner: Any = model.module if is_model_wrapper(model) else model
-            for name in self.modules or ():
-                stack.enter_context(_bfloat16_inside(getattr(inner, name)))
-            yield
-
-
-@contextmanager
-def _bfloat16_inside(module: nn.Module) -> Iterator[None]:
-    """Run ``module`` under autocast; the tensors of the tuple that it returns become float32."""
-    region = ExitStack()
-
-    def enter(*_: Any) -> None:
-        region.enter_context(autocast(dtype=torch.bfloat16))
-
-    def leave(_: nn.Module, __: Any, outs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        region.close()
-        return tuple(out.float() for out in outs)
-
-    hooks = (module.register_forward_pre_hook(enter), module.register_forward_hook(leave))
-    try:
-        with region:  # closes it too when forward fails
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()

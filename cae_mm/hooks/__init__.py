@@ -2,12 +2,11 @@
 
 from cae_mm.hooks.checkpoint import SafeLoadHook
 from cae_mm.hooks.knn import KNNHook
+from cae_mm.hooks.progress import ProgressHook
 from cae_mm.hooks.training import (
     EpochSeedHook,
     GumbelTemperatureHook,
     NonFiniteLossHook,
-    ProgressBarHook,
-    ThroughputHook,
     seeded_by_torch,
 )
 
@@ -16,8 +15,7 @@ __all__ = [
     'GumbelTemperatureHook',
     'KNNHook',
     'NonFiniteLossHook',
-    'ProgressBarHook',
+    'ProgressHook',
     'SafeLoadHook',
-    'ThroughputHook',
     'seeded_by_torch',
 ]

@@ -1,17 +1,15 @@
-"""Hooks: exact resuming, progress, a guard against broken losses, the d-VAE's temperature."""
+"""Hooks of each step: exact resuming, a guard against broken losses, the d-VAE's temperature."""
 
 import math
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import get_rank, get_world_size, master_only
+from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.runner import Runner
-from tqdm import tqdm
+from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from cae_mm.registry import FUNCTIONS, HOOKS
 
@@ -27,6 +25,11 @@ class EpochSeedHook(Hook):
     """
 
     priority = 'VERY_HIGH'
+
+    def before_train(self, runner: Runner) -> None:
+        """Let gathering of gradients end with the epoch, so that no checkpoint loses some."""
+        if isinstance(runner.train_loop, EpochBasedTrainLoop):
+            runner.optim_wrapper.epoch_length = len(runner.train_dataloader)
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Seed Python, numpy and torch of this process; workers derive theirs from torch's."""
@@ -44,70 +47,6 @@ def seeded_by_torch(worker_id: int) -> None:
     torch derives them (Python's and numpy's too) from the main process' generator whenever the
     loader is iterated anew. mmengine's default would overwrite them with constants.
     """
-
-
-@HOOKS.register_module()
-class ThroughputHook(Hook):
-    """Log ``images_per_s`` over all processes, beside mmengine's time and ETA."""
-
-    def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: dict[str, Any],
-        outputs: dict[str, Any] | None = None,
-    ) -> None:
-        """Divide the images of the batch by the time that ``IterTimerHook`` took."""
-        images = len(data_batch['data_samples']) * get_world_size()
-        seconds = runner.message_hub.get_scalar('train/time').current()
-        runner.message_hub.update_scalar('train/images_per_s', images / seconds)
-
-
-@HOOKS.register_module()
-class ProgressBarHook(Hook):
-    """Show one bar for the whole training, with ETA, images/s and the last metrics.
-
-    Args:
-        title: Stands before the bar.
-        metrics: Numbers to show behind it, as far as the model logs them.
-    """
-
-    def __init__(self, title: str = 'training', metrics: Sequence[str] = ('loss',)) -> None:
-        self.title = title
-        self.metrics = metrics
-
-    @master_only
-    def before_train(self, runner: Runner) -> None:
-        """Open the bar, at the place where a resumed run goes on."""
-        images = runner.train_dataloader.batch_size * get_world_size()
-        self.bar = tqdm(
-            desc=self.title,
-            total=runner.max_iters * images,
-            initial=runner.iter * images,
-            unit=' images',
-            mininterval=0.5,
-            dynamic_ncols=True,
-        )
-
-    @master_only
-    def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: dict[str, Any],
-        outputs: dict[str, Any] | None = None,
-    ) -> None:
-        """Move the bar."""
-        history = runner.message_hub.log_scalars
-        logged = {name: history.get(f'train/{name}') for name in self.metrics}
-        shown = {name: f'{value.current():.3g}' for name, value in logged.items() if value}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(len(data_batch['data_samples']) * get_world_size())
-
-    @master_only
-    def after_train(self, runner: Runner) -> None:
-        """Leave the full bar on the screen."""
-        self.bar.close()
 
 
 @HOOKS.register_module()
@@ -129,7 +68,8 @@ class NonFiniteLossHook(Hook):
         """Check the loss that the Runner has logged already, so nothing is waited for twice."""
         history = runner.message_hub.log_scalars
         values = {'the loss': history['train/loss'].current()}
-        if 'train/grad_norm' in history and not hasattr(runner.optim_wrapper, 'loss_scaler'):
+        scaler = getattr(runner.optim_wrapper, 'loss_scaler', None)
+        if 'train/grad_norm' in history and not (scaler and scaler.is_enabled()):
             values['the norm of the gradients'] = history['train/grad_norm'].current()
         broken = [
             f'{name} is {value}' for name, value in values.items() if not math.isfinite(value)

@@ -1,6 +1,7 @@
 """What every run has in common."""
 
 default_scope = 'mmpretrain'
+runner_type = 'cae_mm.CAERunner'  # applies `settings`, fits batch and workers to the machine
 custom_imports = dict(imports=['cae_mm'], allow_failed_imports=False)
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
@@ -12,8 +13,8 @@ default_hooks = dict(
 custom_hooks = [
     dict(type='cae_mm.SafeLoadHook'),
     dict(type='cae_mm.EpochSeedHook'),
-    dict(type='cae_mm.ThroughputHook'),
     dict(type='cae_mm.NonFiniteLossHook'),
+    dict(type='cae_mm.ProgressHook'),
 ]
 # averages since the last line, of the model's metrics too
 log_processor = dict(

@@ -3,4 +3,4 @@
 _base_ = './vit-small-p16_cae-pre_32xb256-attentive-coslr-90e_in1k.py'
 
 optim_wrapper = dict(optimizer=dict(lr=0.4 / 4))
-auto_scale_lr = dict(base_batch_size=8 * 256)
+auto_scale_lr = dict(enable=True, base_batch_size=8 * 256)

@@ -46,8 +46,4 @@ optim_wrapper = dict(optimizer=dict(lr=lr))
 _base_.param_scheduler[0].update(start_factor=0.01, end=2)
 _base_.param_scheduler[1].begin = 2
 train_cfg = dict(max_epochs=18)
-auto_scale_lr = dict(base_batch_size=batch_size)
-custom_hooks = [
-    *_base_.custom_hooks,
-    dict(type='cae_mm.ProgressBarHook', title='CAE', metrics=('loss', 'token_acc')),
-]
+auto_scale_lr = dict(enable=True, base_batch_size=batch_size)

@@ -28,7 +28,7 @@ train_dataloader = dict(
     ),
 )
 optim_wrapper = dict(
-    type='cae_mm.BF16OptimWrapper',
+    type='cae_mm.MixedPrecisionOptimWrapper',
     constructor='cae_mm.LayerDecayOptimWrapperConstructor',
     optimizer=dict(type='AdamW', lr=2e-3, weight_decay=1e-4, fused=True),
     clip_grad=dict(max_norm=1.0),
@@ -37,9 +37,8 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, convert_to_iter_based=True)
 ]
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=12)
-auto_scale_lr = dict(base_batch_size=32)
+auto_scale_lr = dict(enable=True, base_batch_size=32)
 custom_hooks = [
     *_base_.custom_hooks,
     dict(type='cae_mm.GumbelTemperatureHook'),
-    dict(type='cae_mm.ProgressBarHook', title='d-VAE', metrics=('loss_rec', 'perplexity')),
 ]

@@ -29,4 +29,4 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=0.1, norm_type=2),
 )
 param_scheduler = [dict(type='MultiStepLR', by_epoch=True, milestones=[11], gamma=0.1)]
-auto_scale_lr = dict(base_batch_size=8 * 2)
+auto_scale_lr = dict(enable=True, base_batch_size=8 * 2)

@@ -31,4 +31,6 @@ val_evaluator = dict(topk=(1,))  # five classes may be all there are
 test_evaluator = val_evaluator
 optim_wrapper = dict(optimizer=dict(lr=lr), accumulative_counts=accumulation)
 _base_.param_scheduler[0].start_factor = _base_.param_scheduler[1].eta_min_ratio = 1e-6 / lr
-auto_scale_lr = dict(base_batch_size=batch_size)  # mmengine does not count accumulation
+auto_scale_lr = dict(
+    enable=True, base_batch_size=batch_size
+)  # mmengine does not count accumulation

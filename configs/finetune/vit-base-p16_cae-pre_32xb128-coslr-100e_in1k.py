@@ -55,7 +55,7 @@ train_dataloader = dict(batch_size=128, dataset=dict(pipeline=_base_.train_pipel
 
 lr = 8e-3
 optim_wrapper = dict(
-    type='cae_mm.BF16OptimWrapper',
+    type='cae_mm.MixedPrecisionOptimWrapper',
     constructor='cae_mm.LayerDecayOptimWrapperConstructor',
     optimizer=dict(type='AdamW', lr=lr, betas=(0.9, 0.999), weight_decay=0.05, fused=True),
     paramwise_cfg=dict(layer_decay_rate=0.65),
@@ -79,4 +79,4 @@ param_scheduler = [
 ]
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=100)
 default_hooks = dict(checkpoint=dict(save_best='accuracy/top1', max_keep_ckpts=1))
-auto_scale_lr = dict(base_batch_size=32 * 128)
+auto_scale_lr = dict(enable=True, base_batch_size=32 * 128)

@@ -40,4 +40,4 @@ _base_.param_scheduler[0].update(start_factor=0.01, end=2)
 _base_.param_scheduler[1].begin = 2
 train_cfg = dict(max_epochs=15)
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=1))
-auto_scale_lr = dict(base_batch_size=batch_size)
+auto_scale_lr = dict(enable=True, base_batch_size=batch_size)

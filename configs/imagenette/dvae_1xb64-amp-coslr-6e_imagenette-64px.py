@@ -13,4 +13,4 @@ optim_wrapper = dict(optimizer=dict(lr=1e-3))
 _base_.param_scheduler[1].eta_min = 1e-5
 train_cfg = dict(max_epochs=6)
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=1))
-auto_scale_lr = dict(base_batch_size=64)
+auto_scale_lr = dict(enable=True, base_batch_size=64)

@@ -35,4 +35,4 @@ optim_wrapper = dict(optimizer=dict(lr=lr), paramwise_cfg=dict(layer_decay_rate=
 _base_.param_scheduler[0].update(start_factor=0.01, end=1)
 _base_.param_scheduler[1].update(eta_min_ratio=0.01, begin=1)
 train_cfg = dict(max_epochs=3, val_interval=3)
-auto_scale_lr = dict(base_batch_size=64)
+auto_scale_lr = dict(enable=True, base_batch_size=64)

@@ -37,4 +37,4 @@ test_dataloader = val_dataloader
 optim_wrapper = dict(optimizer=dict(lr=6.4))
 _base_.param_scheduler[0].end = _base_.param_scheduler[1].begin = 1
 train_cfg = dict(max_epochs=6, val_interval=6)
-auto_scale_lr = dict(base_batch_size=64)
+auto_scale_lr = dict(enable=True, base_batch_size=64)

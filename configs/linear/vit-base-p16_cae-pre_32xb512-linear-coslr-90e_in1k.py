@@ -19,10 +19,10 @@ model = dict(
 )
 train_dataloader = dict(batch_size=512)
 optim_wrapper = dict(
-    type='cae_mm.BF16OptimWrapper',
+    type='cae_mm.MixedPrecisionOptimWrapper',
     optimizer=dict(type='cae_mm.LARS', lr=6.4, weight_decay=0.0, momentum=0.9),  # 0.1 per 256
 )
 default_hooks = dict(checkpoint=dict(save_best='accuracy/top1', max_keep_ckpts=1))
 # each process has BatchNorm statistics of its own: evaluation needs one set
 custom_hooks = [*_base_.custom_hooks, dict(type='SyncBuffersHook')]
-auto_scale_lr = dict(base_batch_size=32 * 512)
+auto_scale_lr = dict(enable=True, base_batch_size=32 * 512)

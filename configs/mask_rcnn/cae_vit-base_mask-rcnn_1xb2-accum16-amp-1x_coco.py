@@ -16,4 +16,6 @@ _base_.model.roi_head.bbox_head.norm_cfg = norm_cfg
 train_dataloader = dict(batch_size=batch_size)
 optim_wrapper = dict(optimizer=dict(lr=lr), accumulative_counts=accumulation)
 _base_.param_scheduler[0].end = 500 * accumulation  # 500 updates
-auto_scale_lr = dict(base_batch_size=batch_size)  # mmengine does not count accumulation
+auto_scale_lr = dict(
+    enable=True, base_batch_size=batch_size
+)  # mmengine does not count accumulation

@@ -48,4 +48,4 @@ _base_.param_scheduler[0].end = 50
 _base_.param_scheduler[1].milestones = [20]
 train_cfg = dict(max_epochs=25, val_interval=5)
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=5))
-auto_scale_lr = dict(base_batch_size=batch_size)
+auto_scale_lr = dict(enable=True, base_batch_size=batch_size)

@@ -27,4 +27,6 @@ train_dataloader = dict(
 )
 optim_wrapper = dict(optimizer=dict(lr=lr), accumulative_counts=accumulation)
 _base_.param_scheduler[0].start_factor = 1e-6 / lr
-auto_scale_lr = dict(base_batch_size=batch_size)  # mmengine does not count accumulation
+auto_scale_lr = dict(
+    enable=True, base_batch_size=batch_size
+)  # mmengine does not count accumulation

@@ -9,4 +9,4 @@ train_dataloader = dict(
 )
 optim_wrapper = dict(optimizer=dict(lr=lr))
 _base_.param_scheduler[1].eta_min = lr / 80
-auto_scale_lr = dict(base_batch_size=128)
+auto_scale_lr = dict(enable=True, base_batch_size=128)

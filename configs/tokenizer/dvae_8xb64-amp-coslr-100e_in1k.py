@@ -17,7 +17,7 @@ train_dataloader = dict(dataset=dict(pipeline=_base_.train_pipeline))
 
 lr = 5e-4
 optim_wrapper = dict(
-    type='cae_mm.BF16OptimWrapper',
+    type='cae_mm.MixedPrecisionOptimWrapper',
     constructor='cae_mm.LayerDecayOptimWrapperConstructor',
     optimizer=dict(type='AdamW', lr=lr, betas=(0.9, 0.999), weight_decay=1e-4, fused=True),
     clip_grad=dict(max_norm=1.0),
@@ -33,5 +33,5 @@ param_scheduler = [
     ),
 ]
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=100)
-auto_scale_lr = dict(base_batch_size=8 * 64)
+auto_scale_lr = dict(enable=True, base_batch_size=8 * 64)
 custom_hooks = [*_base_.custom_hooks, dict(type='cae_mm.GumbelTemperatureHook')]

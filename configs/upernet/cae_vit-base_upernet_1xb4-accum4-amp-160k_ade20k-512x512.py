@@ -21,4 +21,6 @@ _base_.param_scheduler[0].end = warmup * accumulation + 1
 _base_.param_scheduler[1].end = updates * accumulation + 1
 train_cfg = dict(max_iters=updates * accumulation, val_interval=val_interval * accumulation)
 default_hooks = dict(checkpoint=dict(interval=val_interval * accumulation))
-auto_scale_lr = dict(base_batch_size=batch_size)  # mmengine does not count accumulation
+auto_scale_lr = dict(
+    enable=True, base_batch_size=batch_size
+)  # mmengine does not count accumulation

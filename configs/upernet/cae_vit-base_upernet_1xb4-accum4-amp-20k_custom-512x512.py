@@ -57,4 +57,4 @@ _base_.param_scheduler[0].end = warmup * accumulation + 1
 _base_.param_scheduler[1].end = updates * accumulation + 1
 train_cfg = dict(max_iters=updates * accumulation, val_interval=val_interval * accumulation)
 default_hooks = dict(checkpoint=dict(interval=val_interval * accumulation))
-auto_scale_lr = dict(base_batch_size=batch_size)
+auto_scale_lr = dict(enable=True, base_batch_size=batch_size)

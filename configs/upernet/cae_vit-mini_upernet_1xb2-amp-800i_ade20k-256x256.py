@@ -44,4 +44,4 @@ _base_.param_scheduler[0].end = warmup + 1
 _base_.param_scheduler[1].end = updates + 1
 train_cfg = dict(max_iters=updates, val_interval=updates)
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=updates))
-auto_scale_lr = dict(base_batch_size=2)
+auto_scale_lr = dict(enable=True, base_batch_size=2)

@@ -6,12 +6,12 @@ import re
 import sys
 from dataclasses import replace
 
-import cae_mm.conversion.export as export_module
 import official_reference as official
 import pytest
 import torch
 from mmengine.registry import MODELS
 
+import cae_mm.conversion.export as export_module
 from cae_mm.checkpoints.files import read_state_dict
 from cae_mm.conversion.convert import convert_checkpoint
 from cae_mm.conversion.export import TARGETS, export_checkpoint

@@ -82,8 +82,9 @@ class DALLEEncoder(Tokenizer):
         blocks_per_group: Blocks in each of the 4 groups.
         vocab_size: Number of tokens.
         mixed_precision: Whether the convolutions of a step under autocast run in float16 on a
-            GPU, as OpenAI's do, or in bfloat16 on a CPU. The output layer is float32 always, as
-            in OpenAI's code. With False all is float32 and tokens do not depend on autocast.
+            GPU, as OpenAI's do, or in the step's own format on a CPU. The output layer is float32
+            always, as in OpenAI's code. With False all is float32 and tokens do not depend on
+            autocast.
         init_cfg: ``dict(type='Pretrained', checkpoint='cae_ckpt/dalle_encoder.safetensors')``.
     """
 
@@ -118,7 +119,7 @@ class DALLEEncoder(Tokenizer):
     def encode_features(self, images: Tensor) -> Tensor:
         """Run all but the output layer: (B, 3, h, w) in [0.1, 0.9] -> (B, 8 * n_hid, h/8, w/8)."""
         device = images.device.type
-        dtype = torch.float16 if device == 'cuda' else torch.bfloat16
+        dtype = torch.float16 if device == 'cuda' else torch.get_autocast_dtype(device)
         mixed = self.mixed_precision and torch.is_autocast_enabled(device)
         with torch.autocast(device, dtype, enabled=mixed):
             return self.blocks[:-1](images.contiguous(memory_format=torch.channels_last))

@@ -2,7 +2,7 @@
 
 lr = 1.5e-3
 optim_wrapper = dict(
-    type='cae_mm.BF16OptimWrapper',
+    type='cae_mm.MixedPrecisionOptimWrapper',
     constructor='cae_mm.LayerDecayOptimWrapperConstructor',  # no decay on 1-D and class token
     optimizer=dict(type='AdamW', lr=lr, betas=(0.9, 0.999), weight_decay=0.05, fused=True),
     clip_grad=dict(max_norm=3.0),
@@ -21,4 +21,4 @@ param_scheduler = [
     ),
 ]
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=300)
-auto_scale_lr = dict(base_batch_size=32 * 64)
+auto_scale_lr = dict(enable=True, base_batch_size=32 * 64)

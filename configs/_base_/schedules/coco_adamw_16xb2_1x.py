@@ -1,7 +1,7 @@
 """AdamW, batch 32 = 16 GPUs x 2, 12 epochs with steps at 9 and 11 (paper, official)."""
 
 optim_wrapper = dict(
-    type='cae_mm.BF16OptimWrapper',
+    type='cae_mm.MixedPrecisionOptimWrapper',
     # mmcv's RoIAlign knows no bfloat16, which also rounds coordinates of 1333 to 8 pixels: heads
     # run in float32 (official: all but losses in float16)
     modules=['backbone', 'neck'],
@@ -16,4 +16,4 @@ param_scheduler = [
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=12, val_interval=1)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
-auto_scale_lr = dict(base_batch_size=16 * 2)
+auto_scale_lr = dict(enable=True, base_batch_size=16 * 2)

@@ -1,7 +1,7 @@
 """AdamW, batch 16 = 8 GPUs x 2, 160,000 iterations with 1,500 of warm-up (official)."""
 
 optim_wrapper = dict(
-    type='cae_mm.BF16OptimWrapper',
+    type='cae_mm.MixedPrecisionOptimWrapper',
     constructor='cae_mm.LayerDecayOptimWrapperConstructor',
     optimizer=dict(type='AdamW', lr=3e-4, betas=(0.9, 0.999), weight_decay=0.05, fused=True),
     paramwise_cfg=dict(layer_decay_rate=0.65),
@@ -15,4 +15,4 @@ param_scheduler = [
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=160_000, val_interval=16_000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
-auto_scale_lr = dict(base_batch_size=8 * 2)
+auto_scale_lr = dict(enable=True, base_batch_size=8 * 2)

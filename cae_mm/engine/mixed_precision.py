@@ -1,0 +1,138 @@
+"""Training in the number format that the machine has, and gathering of gradients."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from mmengine.device import get_device
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
+from torch import Tensor, nn
+
+from cae_mm.precision import Precision, choose_precision
+from cae_mm.registry import OPTIM_WRAPPERS
+
+
+@OPTIM_WRAPPERS.register_module()
+class MixedPrecisionOptimWrapper(OptimWrapper):
+    """Run forward passes under autocast: bfloat16, float16 with loss scaling, or not at all.
+
+    mmengine's ``AmpOptimWrapper`` wants a GPU and asks nobody whether it has the format. A
+    checkpoint resumes on a machine with another format.
+
+    Args:
+        optimizer: The optimizer.
+        dtype: 'auto' (see ``choose_precision``), 'bfloat16', 'float16' or 'float32'.
+        modules: Attributes of the model that alone run in that format and return float32, for
+            example ``['backbone', 'neck']`` where heads need operators without it; they return
+            tuples of tensors. None: the whole model.
+        options: Of ``mmengine.optim.OptimWrapper``.
+    """
+
+    # batches of an epoch, if gathering is to end with it (set by ``EpochSeedHook``): nothing is
+    # then pending when a checkpoint is written
+    epoch_length: int | None = None
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        dtype: str = 'auto',
+        modules: Sequence[str] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(optimizer, **options)
+        self.device_type = torch.device(get_device()).type
+        self.precision = choose_precision(self.device_type, dtype)
+        self.modules = modules
+        # passes everything through unless losses have to be scaled
+        self.loss_scaler = torch.amp.GradScaler(
+            self.device_type, enabled=self.precision.dtype == torch.float16
+        )
+        print_log(f'precision: {self.precision}', logger='current')
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Enter autocast, and skip gradient synchronisation while accumulating."""
+        with super().optim_context(model), ExitStack() as stack:
+            if self.modules is None:
+                stack.enter_context(self.precision.autocast(self.device_type))
+            inner: Any = model.module if is_model_wrapper(model) else model
+            for name in self.modules or ():
+                module = getattr(inner, name)
+                stack.enter_context(_autocast_inside(module, self.precision, self.device_type))
+            yield
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Add the gradients of ``loss``."""
+        super().backward(self.loss_scaler.scale(loss), **kwargs)
+
+    def step(self, **kwargs: Any) -> None:
+        """Update the parameters, unless scaled gradients overflowed."""
+        if self.clip_grad_kwargs:
+            self.loss_scaler.unscale_(self.optimizer)
+            self._clip_grad()
+        self.loss_scaler.step(self.optimizer, **kwargs)
+        self.loss_scaler.update()
+
+    def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
+        """Start counting batches; schedules may step before the first update."""
+        super().initialize_count_status(model, init_counts, max_counts)
+        self.optimizer._global_step = 0  # type: ignore[attr-defined]  # mmengine warns of -1
+
+    def should_update(self) -> bool:
+        """Return whether enough gradients are gathered, or the epoch ends."""
+        if self.epoch_length is None:
+            return super().should_update()
+        batch = self._inner_count % self.epoch_length
+        return batch == 0 or batch % self._accumulative_counts == 0
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """Divide by the number of batches that are gathered, fewer at the end of an epoch."""
+        if self.epoch_length is None:
+            return super().scale_loss(loss)
+        batch = self._inner_count % self.epoch_length
+        first = batch - batch % self._accumulative_counts
+        return loss / min(self._accumulative_counts, self.epoch_length - first)
+
+    def should_sync(self) -> bool:
+        """Return whether the next backward pass is the last one before an update."""
+        if self.epoch_length is None:
+            return super().should_sync()
+        batch = self._inner_count % self.epoch_length + 1
+        return batch == self.epoch_length or batch % self._accumulative_counts == 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the optimizer, and of the loss scaling if there is any."""
+        scaler = {'loss_scaler': self.loss_scaler.state_dict()}
+        return super().state_dict() | (scaler if self.loss_scaler.is_enabled() else {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned, here or on a machine with another number format."""
+        scaler = state_dict.pop('loss_scaler', None)
+        if scaler and self.loss_scaler.is_enabled():
+            self.loss_scaler.load_state_dict(scaler)
+        super().load_state_dict(state_dict)
+
+
+@contextmanager
+def _autocast_inside(module: nn.Module, precision: Precision, device_type: str) -> Iterator[None]:
+    """Run ``module`` under autocast; the tensors of the tuple that it returns become float32."""
+    region = ExitStack()
+
+    def enter(*_: Any) -> None:
+        region.enter_context(precision.autocast(device_type))
+
+    def leave(_: nn.Module, __: Any, outs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        region.close()
+        return tuple(out.float() for out in outs)
+
+    hooks = (module.register_forward_pre_hook(enter), module.register_forward_hook(leave))
+    try:
+        with region:  # closes it too when forward fails
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()

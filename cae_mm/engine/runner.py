@@ -1,0 +1,151 @@
+"""The Runner of this project: mmengine's, with the config fitted to the machine it starts on."""
+
+import os
+from copy import deepcopy
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from cae_mm.engine.settings import LOADERS, apply_settings
+from cae_mm.registry import RUNNERS
+
+WORLD_SIZE = {'pytorch': 'WORLD_SIZE', 'slurm': 'SLURM_NTASKS', 'mpi': 'OMPI_COMM_WORLD_SIZE'}
+LOCAL_WORLD_SIZE = {
+    'pytorch': 'LOCAL_WORLD_SIZE',
+    'slurm': 'SLURM_NTASKS_PER_NODE',
+    'mpi': 'OMPI_COMM_WORLD_LOCAL_SIZE',
+}
+
+
+@RUNNERS.register_module()
+class CAERunner(Runner):
+    """mmengine's Runner; ``runner_type='cae_mm.CAERunner'`` makes every ``train.py`` use it.
+
+    Before it is built it applies the config's ``settings`` and fits workers, batch, gathering of
+    gradients and process group to the machine. It says in the log what it changed.
+    """
+
+    @classmethod
+    def from_cfg(cls, cfg: Config) -> 'CAERunner':
+        """Build the runner of a config, which is left as it is."""
+        cfg = deepcopy(cfg)
+        remarks = fit_config(cfg)
+        runner = super().from_cfg(cfg)
+        for remark in remarks:
+            runner.logger.info(remark)
+        return runner
+
+    def setup_env(self, env_cfg: dict[str, Any]) -> None:
+        """Set up processes; mmengine takes a GPU for granted, here they may be on CPUs."""
+        on_cpus = self.distributed and not torch.cuda.is_available()
+        if on_cpus and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group('gloo')
+            torch.set_num_threads(max(_count_cores() // _count_local_processes(self._launcher), 1))
+        super().setup_env(env_cfg)
+
+
+def fit_config(cfg: Config) -> list[str]:
+    """Apply the settings, fit a config to this machine, and return what to say of it."""
+    settings = dict(cfg.pop('settings', None) or {})
+    cpu_batch_size = settings.pop('cpu_batch_size', None)
+    apply_settings(cfg, **settings)
+    launcher = cfg.get('launcher', 'none')
+    remarks = _fit_loaders(cfg, launcher)
+    if torch.cuda.is_available():
+        cpu_batch_size = None
+    elif launcher != 'none':
+        cfg.model_wrapper_cfg = dict(
+            type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False
+        )
+    return remarks + fit_batch(cfg, count_processes(launcher), cpu_batch_size)
+
+
+def count_processes(launcher: str) -> int:
+    """Number of processes of a run that is about to start."""
+    return int(os.environ.get(WORLD_SIZE.get(launcher, ''), 1))
+
+
+def fit_batch(cfg: Config, processes: int, cpu_batch_size: int | None = None) -> list[str]:
+    """Gather gradients over so many steps that the batch is that of the recipe.
+
+    ``auto_scale_lr.base_batch_size`` is the recipe's batch: processes x images x gathered steps.
+    Where that does not come out even, the learning rate is scaled linearly. All that a config
+    counts in iterations (schedules, checkpoints, validation) is counted in updates and stretched.
+
+    Args:
+        cfg: A config; unless its ``auto_scale_lr.enable`` is true nothing is changed but what
+            ``accumulative_counts`` stretches.
+        processes: Number of processes, one per GPU.
+        cpu_batch_size: Most images in a step, None for no limit.
+
+    Returns:
+        A line for the log, or none.
+    """
+    scale: Any = cfg.get('auto_scale_lr') or {}
+    if not (scale.get('enable') and cfg.get('train_dataloader') and cfg.get('optim_wrapper')):
+        return []
+    loader, wrapper, recipe = cfg.train_dataloader, cfg.optim_wrapper, scale['base_batch_size']
+    if cpu_batch_size:
+        loader.batch_size = min(loader.batch_size, cpu_batch_size)
+    step = processes * loader.batch_size
+    steps = wrapper.get('accumulative_counts') or max(round(recipe / step), 1)
+    if steps > 1:
+        wrapper.accumulative_counts = steps
+        _stretch(cfg, steps)
+    text = f'batch: {processes} x {loader.batch_size} x {steps} gathered = {step * steps}'
+    if step * steps != recipe:
+        wrapper.optimizer.lr *= step * steps / recipe
+        text += f', learning rate {wrapper.optimizer.lr:.3g} in proportion to'
+    scale.enable = False  # mmengine's own would not count what is gathered
+    return [f'{text} (the recipe: {recipe})']
+
+
+def _stretch(cfg: Config, factor: int) -> None:
+    """Multiply what is counted in iterations, so that it happens after the same updates."""
+    if cfg.train_cfg.get('max_iters'):
+        for key in {'max_iters', 'val_interval'} & cfg.train_cfg.keys():
+            cfg.train_cfg[key] *= factor
+    checkpoint = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    if not checkpoint.get('by_epoch', True) and checkpoint.get('interval', -1) > 0:
+        checkpoint['interval'] *= factor
+    schedulers: Any = cfg.get('param_scheduler') or []
+    for scheduler in [schedulers] if isinstance(schedulers, dict) else schedulers:
+        if scheduler.get('by_epoch', True):
+            continue
+        for key in {'begin', 'step_size'} & scheduler.keys():
+            scheduler[key] *= factor
+        for key in {'end', 'T_max'} & scheduler.keys():  # reached one step before
+            scheduler[key] = (scheduler[key] - 1) * factor + 1
+        if 'milestones' in scheduler:
+            scheduler['milestones'] = [factor * at for at in scheduler['milestones']]
+
+
+def _fit_loaders(cfg: Config, launcher: str) -> list[str]:
+    """Take no more workers than there are cores for this process, and pin memory for GPUs only."""
+    cores = max(_count_cores() // _count_local_processes(launcher), 1)
+    wishes = set()
+    for loader in (cfg[name] for name in LOADERS if cfg.get(name)):
+        if loader.get('num_workers', 0) > cores:
+            wishes.add(loader.num_workers)
+            loader.num_workers = cores
+        if not loader.get('num_workers'):
+            loader.persistent_workers = False
+        if not torch.cuda.is_available():
+            loader.pin_memory = False
+    if not wishes:
+        return []
+    return [f'workers: {cores}, one for each core (the config: {", ".join(map(str, wishes))})']
+
+
+def _count_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _count_local_processes(launcher: str) -> int:
+    """Processes of the run on this machine."""
+    return int(os.environ.get(LOCAL_WORLD_SIZE.get(launcher, ''), 1))

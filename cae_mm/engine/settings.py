@@ -1,0 +1,190 @@
+"""The few things that users change, each said once; everything that depends on them follows.
+
+    python tools/train.py CONFIG --cfg-options settings.img_size=128 settings.data_root=MY_IMAGES
+
+or in a config of one's own, whose ``_base_`` is edited in place:
+
+    from cae_mm.engine.settings import apply_settings
+    apply_settings(_base_, img_size=128, transforms=dict(LoadImage=dict(on_error='skip')))
+"""
+
+import difflib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from cae_mm.patches import to_pair
+
+SETTINGS = ('batch_size', 'cpu_batch_size', 'data_root', 'img_size', 'mask_ratio', 'transforms')
+LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+PIPELINES = ('train_pipeline', 'test_pipeline')
+TOKEN_SIZE = 8  # pixels of the second view per token, along each side
+
+
+def apply_settings(cfg: Any, **settings: Any) -> None:
+    """Write settings to all the places of a config that they concern.
+
+    Args:
+        cfg: A ``Config``, or the ``_base_`` of one; changed in place.
+        settings: Any of
+            ``img_size``: pixels, one number or (height, width), of the images that the encoder (the
+            tokenizer, where that is trained) sees; crops, second view and evaluation follow;
+            ``mask_ratio``: share of the patches that are masked;
+            ``data_root``: folder of the data, for training and evaluation;
+            ``batch_size``: images in a training step of one process;
+            ``cpu_batch_size``: the same where there is no GPU, if that is less;
+            ``transforms``: options by the class of a transform, wherever it stands in a pipeline.
+
+    Raises:
+        ValueError: If a setting is unknown, or nothing in the config takes it.
+    """
+    for name, value in settings.items():
+        if name not in SETTINGS:
+            raise ValueError(f"unknown setting 'settings.{name}'{suggest(name, SETTINGS)}")
+        if name == 'cpu_batch_size':  # waits until it is known where the run takes place
+            cfg['settings'] = {'cpu_batch_size': value}
+        elif name == 'img_size':
+            _set_img_size(cfg, value)
+        elif name == 'mask_ratio':
+            _set_transforms(cfg, {'CAEMaskGenerator': {'mask_ratio': value}})
+        elif name == 'data_root':
+            _set_data_root(cfg, value)
+        elif name == 'batch_size':
+            cfg['train_dataloader']['batch_size'] = value
+        else:
+            _set_transforms(cfg, value)
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return a proposal for a misspelt name, or all that there are."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f': did you mean {close[0]}?' if close else f': choose one of {", ".join(sorted(known))}'
+
+
+def find_datasets(cfg: Any) -> Iterator[dict[str, Any]]:
+    """All datasets of the config's loaders, inside wrappers such as ``RepeatDataset``."""
+    nodes = [cfg[name]['dataset'] for name in LOADERS if cfg.get(name)]
+    while nodes:
+        node = nodes.pop()
+        if node.get('datasets'):
+            nodes += node['datasets']
+        elif isinstance(node.get('dataset'), dict):
+            nodes.append(node['dataset'])
+        else:
+            yield node
+
+
+def find_pipelines(cfg: Any) -> list[list[dict[str, Any]]]:
+    """The pipelines of all datasets, and those that configs keep for their heirs, each once."""
+    pipelines = [dataset.get('pipeline') for dataset in find_datasets(cfg)]
+    pipelines += [cfg.get(name) for name in PIPELINES]
+    return list({id(pipeline): pipeline for pipeline in pipelines if pipeline}.values())
+
+
+def find_transforms(cfg: Any) -> list[dict[str, Any]]:
+    """All transforms in the pipelines, inside ``RandomChoice`` and the like too, each once."""
+    transforms, nodes = {}, list[Any](find_pipelines(cfg))
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, dict):
+            transforms[id(node)] = node
+            nodes += node.get('transforms') or []
+        else:
+            nodes += node
+    return list(transforms.values())
+
+
+def class_name(node: dict[str, Any]) -> str:
+    """Name of a type without its scope."""
+    return str(node['type']).rpartition('.')[2]
+
+
+def _set_transforms(cfg: Any, options: dict[str, dict[str, Any]]) -> None:
+    transforms = find_transforms(cfg)
+    for name, values in options.items():
+        chosen = [node for node in transforms if class_name(node) == name]
+        if not chosen:
+            names = {class_name(node) for node in transforms}
+            raise ValueError(
+                f'no pipeline of this config has a transform {name}{suggest(name, names)}'
+            )
+        for node in chosen:
+            node.update(values)
+
+
+def _set_data_root(cfg: Any, root: str) -> None:
+    roots = set()
+    for dataset in find_datasets(cfg):
+        roots.add(dataset.get('data_root') or '')
+        dataset['data_root'] = root
+    for name in ('val_evaluator', 'test_evaluator'):
+        evaluator = cfg.get(name)
+        path = str(evaluator.get('ann_file', '')) if isinstance(evaluator, dict) else ''
+        for old in roots - {''}:
+            if path.startswith(old):
+                evaluator['ann_file'] = f'{root.rstrip("/")}/{path.removeprefix(old).lstrip("/")}'
+
+
+def _set_img_size(cfg: Any, value: int | tuple[int, int]) -> None:
+    """Set the size in the model and in each transform that makes images of it."""
+    size = value if isinstance(value, int) else (int(value[0]), int(value[1]))
+    model = cfg['model']
+    backbone = model.get('backbone')
+    if 'rpn_head' in model or 'bbox_head' in model:
+        raise ValueError(
+            'settings.img_size is of models that see images of one size; detectors see many: set '
+            'settings.transforms.Resize.scale and settings.transforms.RandomChoiceResize.scales'
+        )
+    if backbone is not None:
+        backbone['img_size'] = size
+    if 'decode_head' in model:
+        _set_crop_of_segmentation(cfg, to_pair(size))
+        return
+    patch_size = backbone.get('patch_size', 16) if backbone else TOKEN_SIZE
+    for transform in find_transforms(cfg):
+        name = class_name(transform)
+        if name == 'TwoViewResizedCrop':
+            transform['size'] = size
+            if transform.get('second_size', 112) is not None:
+                transform['second_size'] = _scaled(size, TOKEN_SIZE, patch_size)
+        elif name == 'RandomResizedCrop':
+            transform['scale'] = size
+    for pipeline in find_pipelines(cfg):
+        _set_central_crop(pipeline, size)
+
+
+def _set_central_crop(pipeline: list[dict[str, Any]], size: int | tuple[int, int]) -> None:
+    """Set the evaluation's crop, and the short edge before it in proportion."""
+    steps = {class_name(step): step for step in pipeline}
+    crop, edge = steps.get('CenterCrop'), steps.get('ResizeEdge')
+    if crop is None:
+        return
+    if edge is not None:
+        edge['scale'] = round(max(to_pair(size)) * edge['scale'] / max(to_pair(crop['crop_size'])))
+    crop['crop_size'] = size
+
+
+def _set_crop_of_segmentation(cfg: Any, size: tuple[int, int]) -> None:
+    """Set the crops of training and of sliding windows, and the images' scale in proportion."""
+    model = cfg['model']
+    old = to_pair(model['data_preprocessor']['size'])
+    for preprocessor in (model['data_preprocessor'], model['data_preprocessor']['test_cfg']):
+        preprocessor['size'] = size
+    test_cfg = model['test_cfg']
+    test_cfg['crop_size'] = size
+    test_cfg['stride'] = tuple(
+        round(stride * new / before)
+        for stride, new, before in zip(test_cfg['stride'], size, old, strict=True)
+    )
+    for transform in find_transforms(cfg):
+        if class_name(transform) == 'RandomCrop':
+            transform['crop_size'] = size
+        elif class_name(transform) in ('RandomResize', 'Resize'):
+            transform['scale'] = tuple(
+                round(side * max(size) / max(old)) for side in transform['scale']
+            )
+
+
+def _scaled(size: int | tuple[int, int], numerator: int, denominator: int) -> Any:
+    if isinstance(size, int):
+        return size * numerator // denominator
+    return tuple(side * numerator // denominator for side in size)
