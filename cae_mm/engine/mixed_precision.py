@@ -80,7 +80,7 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
     def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
         """Start counting batches; schedules may step before the first update."""
         super().initialize_count_status(model, init_counts, max_counts)
-        self.optimizer._global_step = 0  # type: ignore[attr-defined]  # mmengine warns of -1
+        self._global_step = 0  # where it is -1 mmengine warns
 
     def should_update(self) -> bool:
         """Return whether enough gradients are gathered, or the epoch ends."""
