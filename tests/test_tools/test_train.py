@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,8 @@ SHRINK = [
     'model.neck.out_dims=192',
     'model.target_generator._delete_=True',
     'model.target_generator.type=cae_mm.RGBTarget',
-    'train_dataloader.batch_size=2',
+    'settings.batch_size=2',
+    'auto_scale_lr.base_batch_size=2',
     'default_hooks.logger.interval=1',
     'default_hooks.checkpoint.interval=1',
     'default_hooks.checkpoint.max_keep_ckpts=-1',
@@ -54,7 +56,7 @@ def options(tmp_path_factory):
         path = folder / 'train' / f'{i}.png'
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(rng.integers(256, size=(80, 90, 3), dtype=np.uint8)).save(path)
-    return ['--cfg-options', *SHRINK, f'train_dataloader.dataset.data_root={folder}']
+    return ['--cfg-options', *SHRINK, f'settings.data_root={folder}']
 
 
 def losses(work_dir: Path) -> dict[int, float]:
@@ -67,10 +69,11 @@ def losses(work_dir: Path) -> dict[int, float]:
     return {line['step']: line['loss'] for line in lines if 'loss' in line}
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(options, tmp_path, workers):
-    """With random crops, flips, masks and drop path, in this process and in data workers."""
+@pytest.mark.parametrize(('workers', 'batch'), [(0, 2), (2, 4)])
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(options, tmp_path, workers, batch):
+    """With random crops, flips, masks and drop path; gathering 2 of an epoch's 3 batches, too."""
     options = [*options, f'train_dataloader.num_workers={workers}']
+    options += [f'auto_scale_lr.base_batch_size={batch}']
     whole = run('train.py', CONFIG, '--work-dir', tmp_path / 'whole', *options)
     assert whole.returncode == 0, whole.stderr
     first, second = tmp_path / 'whole/epoch_2.pth', tmp_path / 'resumed'
@@ -95,20 +98,43 @@ def test_resume_finds_the_last_checkpoint(options, tmp_path):
     assert (tmp_path / 'epoch_4.pth').exists()
 
 
-def test_options_reach_the_config(options, tmp_path):
+def test_options_and_settings_reach_the_run(options, tmp_path):
+    """What the run dumped and logged, and what a user sees from the first step on."""
     result = run(
         *('train.py', CONFIG, '--work-dir', tmp_path, '--amp', '--no-validate'),
         *('--auto-scale-lr', '--local-rank', '0', '--local_rank', '0', *options),
-        *('optim_wrapper.type=OptimWrapper', 'train_cfg.max_epochs=3'),
+        *('optim_wrapper.type=OptimWrapper', 'train_cfg.max_epochs=3', 'settings.img_size=48'),
+        *('settings.mask_ratio=0.25', 'auto_scale_lr.base_batch_size=4'),
+        *('train_dataloader.num_workers=1000',),
     )
     assert result.returncode == 0, result.stderr
-    cfg = Config.fromfile(tmp_path / 'cae_demo.py')  # what the run dumped
-    assert cfg.optim_wrapper.type == 'cae_mm.BF16OptimWrapper'
-    assert cfg.auto_scale_lr.enable is True
-    assert cfg.model.backbone.arch.embed_dims == 16
+    cfg = Config.fromfile(tmp_path / 'cae_demo.py')
+    assert cfg.optim_wrapper.type == 'cae_mm.MixedPrecisionOptimWrapper'
+    assert (cfg.optim_wrapper.dtype, cfg.optim_wrapper.accumulative_counts) == ('auto', 2)
+    assert cfg.model.backbone.img_size == 48
+    steps = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}
+    assert steps['cae_mm.TwoViewResizedCrop'].size == 48
+    assert steps['cae_mm.CAEMaskGenerator'].mask_ratio == 0.25
     log = result.stdout + result.stderr
-    assert 'LR is set based on batch size of 64' in log
+    assert len(re.findall(r'precision: \w+: .*CPU', log)) == 1
+    assert 'batch: 1 x 2 x 2 gathered = 4 (the recipe: 4)' in log
+    assert re.search(r'workers: \d+, one for each core \(the config: 1000\)', log)
+    assert 'Warning' not in log.replace('-W ignore', '')
     assert 'images_per_s' in log and 'eta' in log and 'token_acc: ' not in log
+    assert re.search(r'CAE: .* 1/9 \[\d\d:\d\d<.*loss .*, .* images/s\]', result.stderr)
+
+
+@pytest.mark.parametrize(
+    ('option', 'message'),
+    [
+        ('settings.image_size=64', "unknown setting 'settings.image_size': did you mean img_size?"),
+        ('train_dataloadr.batch_size=2', 'did you mean train_dataloader?'),
+        ('settings.transforms.MaskGenerator.mask_ratio=0.4', 'did you mean CAEMaskGenerator?'),
+    ],
+)
+def test_misspelt_options_are_errors(option, message):
+    result = run('train.py', CONFIG, '--cfg-options', option)
+    assert result.returncode == 1 and message in result.stderr
 
 
 def test_work_dir_defaults_to_the_name_of_the_config(tmp_path, options):
