@@ -1,5 +1,6 @@
-"""Puts configs and tools into wheels, where mim looks for them; the rest is in setup.cfg."""
+"""What setup.cfg cannot say: requirements from their table, and configs and tools for mim."""
 
+import runpy
 import shutil
 from pathlib import Path
 
@@ -31,4 +32,10 @@ class BuildPyWithMim(build_py):
             shutil.copy2('model-index.yml', mim)
 
 
-setup(cmdclass={'build_py': BuildPyWithMim})
+# Run as a file: importing cae_mm needs more than pip has where it builds.
+tables = runpy.run_path('cae_mm/dependencies.py')
+setup(
+    cmdclass={'build_py': BuildPyWithMim},
+    install_requires=tables['INSTALL_REQUIRES'],
+    extras_require=tables['EXTRAS_REQUIRE'],
+)

@@ -1,16 +1,15 @@
 """Context Autoencoder pretraining (arXiv 2202.03026) for the OpenMMLab ecosystem."""
 
-import sys
+import warnings
 
 from cae_mm.dependencies import check_dependencies
 from cae_mm.version import __version__
 
 __all__ = ['__version__']
 
-# `python -m cae_mm.doctor` imports this file first and has to run where the checks would fail.
-if 'cae_mm.doctor' not in sys.orig_argv:
-    check_dependencies()
-
-    from cae_mm.model_index import register_model_index
-
-    register_model_index()
+try:
+    check_dependencies(imports=False)
+except ImportError as error:  # cae_mm.registry raises it
+    # `python -m cae_mm.doctor` gets here from runpy; it has to run, and it reports the same.
+    warnings.filterwarnings('ignore', 'cae_mm cannot be used', module='runpy')
+    warnings.warn(str(error), stacklevel=2)

@@ -1,7 +1,8 @@
-"""The packages cae_mm needs, what can be wrong with them and the command that mends it.
+"""The packages that cae_mm needs, what can be wrong with them and the command that fixes it.
 
 The OpenMMLab packages are published under two sets of names, by OneDL and by OpenMMLab itself
-(upstream), with the same modules inside. This file uses the standard library only.
+(upstream), with the same modules inside, so extras choose between them. setup.py reads the
+requirements from this file, which therefore uses the standard library only.
 """
 
 import re
@@ -12,16 +13,39 @@ from typing import NamedTuple
 
 PIP = f'{sys.executable} -m pip'
 
+_REQUIREMENTS = {
+    '': """matplotlib>=3.7 numpy>=1.24 pillow>=9.5 rich>=13.4 safetensors>=0.4 scikit-learn>=1.3
+        torch>=2.4 torchvision>=0.19 tqdm>=4.65""",
+    'pretrain': """onedl-mim>=0.5,<1 onedl-mmcv>=2.3,<2.4 onedl-mmengine>=0.10.8,<1
+        onedl-mmpretrain>=1.3,<1.4""",
+    'segmentation': 'cae-mm[pretrain] onedl-mmsegmentation>=1.4,<1.5',
+    # Both detection extras and segmentation-openmmlab need mmcv with compiled operators, which a
+    # plain `pip install` does not build: see tools/setup.sh.
+    'detection': 'cae-mm[pretrain] onedl-mmdetection>=3.5,<3.6',
+    'pretrain-openmmlab': """openmim>=0.3.9,<0.4 mmcv>=2.1,<2.2 mmengine>=0.10.4,<1
+        mmpretrain>=1.2,<1.3""",
+    # mmsegmentation imports ftfy and regex without requiring them.
+    'segmentation-openmmlab': 'cae-mm[pretrain-openmmlab] mmsegmentation>=1.2.2,<1.3 ftfy regex',
+    'detection-openmmlab': 'cae-mm[pretrain-openmmlab] mmdet>=3.3,<3.4',
+    # The photographs that the demo and the tests use.
+    'demo': 'scikit-image',
+    # Writing weights for timm and Hugging Face, and reading what they made.
+    'export': 'onnx>=1.16 onnxruntime>=1.18 timm>=1.0.20 transformers>=4.41,<5',
+    # Same versions as in .pre-commit-config.yaml and constraints/.
+    'dev': """cae-mm[demo,export] mypy==2.4.1 pre-commit==4.6.2 pytest==9.2.0 pytest-xdist==3.8.0
+        ruff==0.17.5""",
+}
+EXTRAS_REQUIRE = {extra: packages.split() for extra, packages in _REQUIREMENTS.items()}
+INSTALL_REQUIRES = EXTRAS_REQUIRE.pop('')
 
-class Requirement(NamedTuple):
-    """A distribution, its lowest version and the first one that is too new."""
 
-    name: str
-    lowest: str
-    limit: str | None = None
+class Requirement(str):
+    """A package with its lowest version and, maybe, the first too new: ``mmcv>=2.1,<2.2``."""
 
-    def __str__(self) -> str:
-        return f'{self.name}>={self.lowest}' + (f',<{self.limit}' if self.limit else '')
+    @property
+    def name(self) -> str:
+        """Name of the package."""
+        return self.partition('>=')[0]
 
     @property
     def installed(self) -> str | None:
@@ -33,16 +57,18 @@ class Requirement(NamedTuple):
 
     def judge(self, version: str) -> str:
         """Returns ok, too old or too new; suffixes such as ``+cpu`` or ``rc1`` do not count."""
-        release = _release(version)
-        if release < _release(self.lowest):
+        lowest, _, limit = self.partition('>=')[2].partition(',<')
+        if _release(version) < _release(lowest):
             return 'too old'
-        if self.limit and release >= _release(self.limit):
-            return 'too new'
-        return 'ok'
+        return 'too new' if limit and _release(version) >= _release(limit) else 'ok'
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.split(r'\.?[^\d.]', version)[0].split('.'))
 
 
 class Dependency(NamedTuple):
-    """A module to import and the distributions, at least one of them, that provide it."""
+    """A module to import and the packages, at least one of them, that provide it."""
 
     module: str
     onedl: Requirement
@@ -56,13 +82,29 @@ class Dependency(NamedTuple):
 
     @property
     def installed(self) -> dict[Requirement, str]:
-        """The distributions found, with their versions."""
-        candidates = (self.onedl, self.upstream)
-        return {known: known.installed for known in candidates if known and known.installed}
+        """The packages that are installed, with their versions."""
+        return {known: known.installed for known in self[1:3] if known and known.installed}
+
+
+_NAMED = {known.name: known for known in map(Requirement, ' '.join(_REQUIREMENTS.values()).split())}
+DEPENDENCIES = (
+    Dependency('torch', _NAMED['torch']),
+    Dependency('torchvision', _NAMED['torchvision']),
+    Dependency('safetensors', _NAMED['safetensors']),
+    Dependency('mmengine', _NAMED['onedl-mmengine'], _NAMED['mmengine']),
+    Dependency('mmcv', _NAMED['onedl-mmcv'], _NAMED['mmcv']),
+    # .models imports all of it, with mmcv's warning that it has no operators
+    Dependency('mmpretrain.models', _NAMED['onedl-mmpretrain'], _NAMED['mmpretrain']),
+    Dependency('mim', _NAMED['onedl-mim'], _NAMED['openmim'], optional=True),
+    Dependency(
+        'mmseg.models', _NAMED['onedl-mmsegmentation'], _NAMED['mmsegmentation'], optional=True
+    ),
+    Dependency('mmdet.models', _NAMED['onedl-mmdetection'], _NAMED['mmdet'], optional=True),
+)
 
 
 class Problem(NamedTuple):
-    """Something wrong: in a word, in a sentence, and the command that mends it."""
+    """Something wrong: in a word, in a sentence, and the command that fixes it."""
 
     state: str
     text: str
@@ -71,54 +113,19 @@ class Problem(NamedTuple):
     cause: Exception | None = None
 
 
-DEPENDENCIES = (
-    Dependency('torch', Requirement('torch', '2.4')),
-    Dependency('torchvision', Requirement('torchvision', '0.19')),
-    Dependency('safetensors', Requirement('safetensors', '0.4')),
-    Dependency(
-        'mmengine',
-        Requirement('onedl-mmengine', '0.10.8', '1'),
-        Requirement('mmengine', '0.10.4', '1'),
-    ),
-    Dependency('mmcv', Requirement('onedl-mmcv', '2.3', '2.4'), Requirement('mmcv', '2.1', '2.2')),
-    Dependency(
-        'mmpretrain.models',  # imports all of it, with mmcv's warning that it has no operators
-        Requirement('onedl-mmpretrain', '1.3', '1.4'),
-        Requirement('mmpretrain', '1.2', '1.3'),
-    ),
-    Dependency(
-        'mim',
-        Requirement('onedl-mim', '0.5', '1'),
-        Requirement('openmim', '0.3.9', '0.4'),
-        optional=True,
-    ),
-    Dependency(
-        'mmseg.models',
-        Requirement('onedl-mmsegmentation', '1.4', '1.5'),
-        Requirement('mmsegmentation', '1.2.2', '1.3'),
-        optional=True,
-    ),
-    Dependency(
-        'mmdet.models',
-        Requirement('onedl-mmdetection', '3.5', '3.6'),
-        Requirement('mmdet', '3.3', '3.4'),
-        optional=True,
-    ),
-)
+def check_dependencies(imports: bool = True) -> None:
+    """Raises ImportError that names everything essential that is wrong, with what fixes it.
 
-
-def check_dependencies() -> None:
-    """Raises ImportError that names everything essential that is wrong, with what mends it."""
+    Versions, read in milliseconds, tell more than a failing import, so imports are tried last.
+    """
     essential = [dependency for dependency in DEPENDENCIES if not dependency.optional]
-    # Metadata first: it is read in milliseconds and tells more than a failing import.
-    problems = [problem for dependency in essential if (problem := find_problem(dependency))]
-    problems = problems or [
-        problem for dependency in essential if (problem := find_import_problem(dependency))
-    ]
+    problems = [problem for each in essential if (problem := find_problem(each))]
+    if imports and not problems:
+        problems = [problem for each in essential if (problem := find_import_problem(each))]
     if problems:
-        lines = (f'  {problem.text}\n    {problem.command}' for problem in problems)
+        lines = (f'  {problem.text}\n    {problem.command}\n' for problem in problems)
         raise ImportError(
-            'cae_mm cannot be used:\n' + '\n'.join(lines) + '\n'
+            f'cae_mm cannot be used:\n{"".join(lines)}'
             'In a checkout of cae-mm, `make setup` installs versions that fit together; '
             '`python -m cae_mm.doctor` tells more.'
         ) from problems[0].cause
@@ -128,22 +135,26 @@ def find_problem(dependency: Dependency) -> Problem | None:
     """Looks at the versions installed; a missing optional dependency is no problem."""
     installed = dependency.installed
     essential = not dependency.optional
-    if not installed:
-        if dependency.optional:
-            return None
-        text = f'{dependency.package} is missing'
-        return Problem('missing', text, f'{PIP} install "{_choose(dependency)}"')
     if len(installed) > 1:
         names = [requirement.name for requirement in installed]
         text = f'{" and ".join(names)} are both installed and overwrite each other'
         command = f'{PIP} uninstall -y {" ".join(names)} && {PIP} install "{dependency.onedl}"'
         return Problem('installed twice', text, command, essential)
-    [(requirement, version)] = installed.items()
-    state = requirement.judge(version)
-    if state == 'ok':
+    for requirement, version in installed.items():
+        if (state := requirement.judge(version)) != 'ok':
+            text = f'{requirement.name} {version} is {state}, {requirement} is needed'
+            return Problem(state, text, f'{PIP} install "{requirement}"', essential)
+    if installed or dependency.optional:
         return None
-    text = f'{requirement.name} {version} is {state}, {requirement} is needed'
-    return Problem(state, text, f'{PIP} install "{requirement}"', essential)
+    command = f'{PIP} install "{_choose(dependency)}"'
+    return Problem('missing', f'{dependency.package} is missing', command)
+
+
+def _choose(dependency: Dependency) -> Requirement:
+    """Returns OneDL's package, or upstream's where only upstream's packages are installed."""
+    installed = [known for each in DEPENDENCIES if each.upstream for known in each.installed]
+    only_upstream = bool(installed) and not any('onedl' in known for known in installed)
+    return dependency.upstream if dependency.upstream and only_upstream else dependency.onedl
 
 
 def find_import_problem(dependency: Dependency) -> Problem | None:
@@ -164,39 +175,17 @@ def _command_after(error: str, dependency: Dependency) -> str:
     """Returns the command for an error known from issue trackers, else a reinstallation."""
     if 'torchvision::' in error:
         # torchvision's binary was built for another torch: another version, or CPU against CUDA.
-        torch = _named('torch').onedl.installed or ''
+        torch = _NAMED['torch'].installed or ''
         build = torch.partition('+')[2]
         index = f' --index-url https://download.pytorch.org/whl/{build}' if build else ''
         return f'{PIP} uninstall -y torchvision && {PIP} install torch=={torch} torchvision{index}'
-    if 'mmcv._ext' in error:  # mmcv was built without its operators
-        mmcv, version = next(iter(_named('mmcv').installed.items()))
-        return (
-            f'{PIP} install "setuptools>=80,<81" wheel ninja packaging && MMCV_WITH_OPS=1 {PIP} '
-            'install --no-build-isolation --no-deps --no-cache-dir --force-reinstall '
-            f'{mmcv.name}=={version}'
-        )
     if 'pkg_resources' in error:
         return f'{PIP} install "setuptools<81"'
+    prepare, options = '', ''
+    if 'mmcv._ext' in error:  # mmcv was built without its operators
+        [dependency] = (known for known in DEPENDENCIES if known.module == 'mmcv')
+        prepare = f'{PIP} install "setuptools>=80,<81" wheel ninja packaging && MMCV_WITH_OPS=1 '
+        options = ' --no-build-isolation --no-cache-dir'
     [(requirement, version)] = dependency.installed.items()
-    return f'{PIP} install --force-reinstall --no-deps {requirement.name}=={version}'
-
-
-def _choose(dependency: Dependency) -> Requirement:
-    """Returns OneDL's package, or upstream's where only upstream's packages are installed."""
-    pairs = [(known.onedl, known.upstream) for known in DEPENDENCIES if known.upstream]
-    any_onedl = any(onedl.installed for onedl, _ in pairs)
-    any_upstream = any(upstream.installed for _, upstream in pairs)
-    if dependency.upstream and any_upstream and not any_onedl:
-        return dependency.upstream
-    return dependency.onedl
-
-
-def _named(package: str) -> Dependency:
-    return next(dependency for dependency in DEPENDENCIES if dependency.package == package)
-
-
-def _release(version: str) -> tuple[int, ...]:
-    match = re.match(r'\d+(\.\d+)*', version)
-    if match is None:
-        raise ValueError(f'Not a version: {version}')
-    return tuple(int(number) for number in match[0].split('.'))
+    package = f'{requirement.name}=={version}'
+    return f'{prepare}{PIP} install --force-reinstall --no-deps {package}{options}'

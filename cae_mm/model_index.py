@@ -1,9 +1,12 @@
 """Makes the models of this project known to ``mmpretrain.get_model`` and ``list_models``."""
 
-from functools import cache
 from pathlib import Path
 
-from mmpretrain.apis import ModelHub
+from cae_mm.dependencies import check_dependencies
+
+check_dependencies()  # mmpretrain comes in here: explains what fails, and silences its warnings
+
+from mmpretrain.apis import ModelHub  # noqa: E402
 
 
 def find_model_index() -> Path | None:
@@ -13,9 +16,7 @@ def find_model_index() -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-@cache  # mmpretrain refuses a name that it already has
 def register_model_index() -> None:
     """Registers all models; a bare copy of the package, which has no index, works without."""
-    index = find_model_index()
-    if index is not None:
+    if index := find_model_index():
         ModelHub.register_model_index(index, config_prefix=index.parent)

@@ -1,18 +1,13 @@
 """Registries of the scope ``cae_mm``: children of mmengine's root registries.
 
-``type='cae_mm.X'`` in any config makes mmengine import this module and then ``locations``, so an
-installed package needs no ``custom_imports``.
+``type='cae_mm.X'`` in any config makes mmengine import this module, then the location of X.
 """
 
-from mmengine.registry import FUNCTIONS as MMENGINE_FUNCTIONS
-from mmengine.registry import HOOKS as MMENGINE_HOOKS
-from mmengine.registry import MODELS as MMENGINE_MODELS
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
-from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
-from mmengine.registry import OPTIMIZERS as MMENGINE_OPTIMIZERS
-from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
-from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
-from mmengine.registry import Registry
+from cae_mm.dependencies import check_dependencies
+
+check_dependencies(imports=False)  # tells more than the import of what is missing
+
+from mmengine import registry as roots  # noqa: E402
 
 __all__ = [
     'FUNCTIONS',
@@ -26,15 +21,15 @@ __all__ = [
 ]
 
 
-def _child(parent: Registry, *locations: str) -> Registry:
-    return Registry(parent.name, parent=parent, scope='cae_mm', locations=list(locations))
+def _child(parent: roots.Registry, location: str) -> roots.Registry:
+    return roots.Registry(parent.name, parent=parent, scope='cae_mm', locations=[location])
 
 
-FUNCTIONS = _child(MMENGINE_FUNCTIONS, 'cae_mm.hooks')
-HOOKS = _child(MMENGINE_HOOKS, 'cae_mm.hooks')
-MODELS = _child(MMENGINE_MODELS, 'cae_mm.models')
-OPTIMIZERS = _child(MMENGINE_OPTIMIZERS, 'cae_mm.engine')
-OPTIM_WRAPPERS = _child(MMENGINE_OPTIM_WRAPPERS, 'cae_mm.engine')
-OPTIM_WRAPPER_CONSTRUCTORS = _child(MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS, 'cae_mm.engine')
-RUNNERS = _child(MMENGINE_RUNNERS, 'cae_mm.engine')
-TRANSFORMS = _child(MMENGINE_TRANSFORMS, 'cae_mm.datasets')
+FUNCTIONS = _child(roots.FUNCTIONS, 'cae_mm.hooks')
+HOOKS = _child(roots.HOOKS, 'cae_mm.hooks')
+MODELS = _child(roots.MODELS, 'cae_mm.models')
+OPTIMIZERS = _child(roots.OPTIMIZERS, 'cae_mm.engine')
+OPTIM_WRAPPERS = _child(roots.OPTIM_WRAPPERS, 'cae_mm.engine')
+OPTIM_WRAPPER_CONSTRUCTORS = _child(roots.OPTIM_WRAPPER_CONSTRUCTORS, 'cae_mm.engine')
+RUNNERS = _child(roots.RUNNERS, 'cae_mm.engine')
+TRANSFORMS = _child(roots.TRANSFORMS, 'cae_mm.datasets')

@@ -45,7 +45,7 @@ installed=$(head -n 1 "$stamp" 2>/dev/null || true)
 extras=$(printf '%s\n' pretrain $requested $installed | sort -u | xargs)
 
 # A moved checkout counts as changed, because the editable install points to its folder.
-checksum=$(cat setup.cfg setup.py "$constraints" tools/setup.sh <(pwd) | cksum)
+checksum=$(cat cae_mm/dependencies.py setup.cfg setup.py "$constraints" tools/setup.sh <(pwd) | cksum)
 state=$extras$'\n'$checksum
 if [[ -f $stamp && $(<"$stamp") == "$state" ]]; then
   echo "set-up is up to date: $venv ($extras)"

@@ -76,7 +76,6 @@ def check_registries() -> Section:
             registry.import_from_location()
             rows.append((name, ', '.join(sorted(registry.module_dict)) or 'empty'))
         model_index = import_module('cae_mm.model_index')
-        model_index.register_model_index()
         rows.append(('model index', str(model_index.find_model_index() or 'not found')))
     except Exception as error:  # whatever a module of ours raises while it is imported
         text = f'the scope cae_mm is not registered: {error}'

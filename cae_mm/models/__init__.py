@@ -1,5 +1,6 @@
 """Models: the method (cae), its parts (vit, neck, head, targets), probes and feature pyramid."""
 
+from cae_mm.model_index import register_model_index
 from cae_mm.models.cae import CAE
 from cae_mm.models.data_preprocessor import CAEDataPreprocessor
 from cae_mm.models.feature_pyramid import ViTFeaturePyramid
@@ -23,3 +24,5 @@ __all__ = [
     'RGBTarget',
     'ViTFeaturePyramid',
 ]
+
+register_model_index()

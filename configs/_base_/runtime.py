@@ -2,7 +2,7 @@
 
 default_scope = 'mmpretrain'
 runner_type = 'cae_mm.CAERunner'  # applies `settings`, fits batch and workers to the machine
-custom_imports = dict(imports=['cae_mm'], allow_failed_imports=False)
+custom_imports = dict(imports=['cae_mm.registry'], allow_failed_imports=False)
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50),
