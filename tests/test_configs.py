@@ -226,7 +226,7 @@ def test_all_sizes_schedules_and_targets_are_there():
 def test_model_index_names_existing_configs():
     import mmpretrain
 
-    import cae_mm  # noqa: F401
+    import cae_mm.models  # noqa: F401
 
     names = mmpretrain.list_models('cae*_in1k')
     for path in PRETRAIN:

@@ -3,7 +3,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from configparser import ConfigParser
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -11,50 +11,29 @@ from mmpretrain.apis import ModelHub
 from modelindex.load_model_index import load
 from packaging.requirements import Requirement
 
+import cae_mm.models  # noqa: F401
 from cae_mm import __version__
-from cae_mm.dependencies import DEPENDENCIES
-from cae_mm.model_index import find_model_index, register_model_index
+from cae_mm.dependencies import EXTRAS_REQUIRE, INSTALL_REQUIRES
+from cae_mm.model_index import find_model_index
 
 ROOT = Path(__file__).parents[1]
-STACKS = {'onedl': '', 'openmmlab': '-openmmlab'}
 
 
-def read_options() -> tuple[list[str], dict[str, list[str]]]:
-    """Returns install_requires and the extras of setup.cfg."""
-    config = ConfigParser()
-    config.read(ROOT / 'setup.cfg')
-    extras = config['options.extras_require']
-    split = {name: lines.split('\n')[1:] for name, lines in extras.items()}
-    return config['options']['install_requires'].split('\n')[1:], split
-
-
-def read_constraints(stack: str) -> dict[str, str]:
-    lines = (ROOT / 'constraints' / f'{stack}.txt').read_text().splitlines()
-    return dict(line.split('==') for line in lines if line and not line.startswith('#'))
-
-
-@pytest.mark.parametrize('stack', STACKS)
-def test_constraints_lie_within_the_bounds(stack):
-    install_requires, extras = read_options()
-    names = [f'{name}{STACKS[stack]}' for name in ('pretrain', 'segmentation', 'detection')]
-    lines = [line for name in [*names, 'demo', 'export', 'dev'] for line in extras[name]]
-    pins = read_constraints(stack)
-    for requirement in map(Requirement, install_requires + lines):
+@pytest.mark.parametrize(('stack', 'suffix'), [('onedl', ''), ('openmmlab', '-openmmlab')])
+def test_constraints_lie_within_the_bounds(stack, suffix):
+    names = [f'{name}{suffix}' for name in ('pretrain', 'segmentation', 'detection')]
+    lines = [line for name in [*names, 'demo', 'export', 'dev'] for line in EXTRAS_REQUIRE[name]]
+    constraints = (ROOT / 'constraints' / f'{stack}.txt').read_text()
+    pins = dict(re.findall(r'^([\w-]+)==(\S+)$', constraints, re.MULTILINE))
+    for requirement in map(Requirement, INSTALL_REQUIRES + lines):
         if requirement.name != 'cae-mm':
             assert pins[requirement.name] in requirement.specifier, requirement
-
-
-def test_checked_bounds_are_those_of_setup_cfg():
-    install_requires, extras = read_options()
-    declared = {*install_requires, *(line for lines in extras.values() for line in lines)}
-    checked = [known for each in DEPENDENCIES for known in (each.onedl, each.upstream) if known]
-    assert {str(requirement) for requirement in checked} <= declared
 
 
 def test_pre_commit_uses_the_versions_of_the_dev_extra():
     text = (ROOT / '.pre-commit-config.yaml').read_text()
     [ruff] = re.findall(r'ruff-pre-commit\n\s+rev: v(\S+)', text)
-    assert f'ruff=={ruff}' in read_options()[1]['dev']
+    assert f'ruff=={ruff}' in EXTRAS_REQUIRE['dev']
 
 
 @pytest.fixture(scope='module')
@@ -63,9 +42,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp('project')
     for name in ('cae_mm', 'configs', 'tools'):
         shutil.copytree(ROOT / name, copy / name)
-    for name in ('setup.py', 'setup.cfg', 'pyproject.toml', 'model-index.yml', 'README.md'):
+    for name in 'setup.py setup.cfg pyproject.toml model-index.yml README.md LICENSE'.split():
         shutil.copy(ROOT / name, copy)
-    shutil.copy(ROOT / 'LICENSE', copy)
     return copy
 
 
@@ -77,11 +55,20 @@ def build(project: Path, hook: str, target: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(wheel)
 
 
-def test_wheel_has_what_mim_looks_for(project, tmp_path):
+def test_wheel_has_requirements_and_what_mim_looks_for(project, tmp_path):
     site = tmp_path / 'site'
     with build(project, 'build_wheel', tmp_path) as wheel:
         wheel.extractall(site)
         first_folder = min(wheel.namelist()).partition('/')[0]
+    [metadata] = site.glob('*.dist-info/METADATA')
+    required = set(
+        map(Requirement, Parser().parsestr(metadata.read_text()).get_all('Requires-Dist'))
+    )
+    extras = {
+        f'{line}; extra == "{name}"' for name in EXTRAS_REQUIRE for line in EXTRAS_REQUIRE[name]
+    }
+    assert required == set(map(Requirement, {*INSTALL_REQUIRES, *extras}))
+
     configs = {path.relative_to(ROOT) for path in (ROOT / 'configs').rglob('*.py')}
     # onedl-mim takes the folder of the first file by name, openmim the one named as the package.
     for mim in (site / first_folder, site / 'cae_mm' / '.mim'):
@@ -90,9 +77,9 @@ def test_wheel_has_what_mim_looks_for(project, tmp_path):
 
     code = 'import cae_mm.model_index as m; print(m.find_model_index())'
     command = [sys.executable, '-W', 'ignore', '-c', code]
-    found = subprocess.run(command, cwd=site, check=True, capture_output=True)
+    printed = subprocess.run(command, cwd=site, check=True, capture_output=True, text=True).stdout
     # other packages may print on import, so only the last line counts
-    assert found.stdout.decode().splitlines()[-1] == str(mim / 'model-index.yml')
+    assert printed.splitlines()[-1] == str(mim / 'model-index.yml')
 
 
 def test_editable_install_copies_nothing(project, tmp_path):
@@ -102,7 +89,6 @@ def test_editable_install_copies_nothing(project, tmp_path):
 
 
 def test_models_are_known_to_mmpretrain():
-    register_model_index()  # a second time, after `import cae_mm`
     index = load(str(find_model_index()))
     index.build_models_with_collections()
     assert index.models and not index.check_errors
