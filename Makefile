@@ -1,7 +1,7 @@
 # Two stacks: onedl (default, current PyTorch) and openmmlab (the upstream packages).
 STACK ?= onedl
 # Any of pretrain, segmentation, detection, or all; extras add up over calls. Those that need mmcv's
-# compiled operators take minutes to build and are left to whoever wants them.
+# compiled operators take minutes the first time; continuous integration sets up all (.ci/run).
 EXTRAS_onedl := pretrain segmentation
 EXTRAS_openmmlab := pretrain
 EXTRAS ?= $(EXTRAS_$(STACK))
@@ -32,12 +32,12 @@ lint: setup  ## Check format, lint and types
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-check: lint test  ## All that continuous integration checks
+check: lint test  ## Lint and test; continuous integration does so with EXTRAS=all
 
 bench: setup  ## Time a training step beside mmpretrain's CAE
 	$(RUN) benchmarks/bench_step.py
 
-format: setup  ## Format the code and mend what ruff can
+format: setup  ## Format the code and fix what ruff can
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
 

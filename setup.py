@@ -32,7 +32,7 @@ class BuildPyWithMim(build_py):
             shutil.copy2('model-index.yml', mim)
 
 
-# Run as a file: importing cae_mm needs more than pip has where it builds.
+# By path, as pip builds where there is no cae_mm to import.
 tables = runpy.run_path('cae_mm/dependencies.py')
 setup(
     cmdclass={'build_py': BuildPyWithMim},

@@ -134,16 +134,15 @@ def check_dependencies(imports: bool = True) -> None:
 def find_problem(dependency: Dependency) -> Problem | None:
     """Looks at the versions installed; a missing optional dependency is no problem."""
     installed = dependency.installed
-    essential = not dependency.optional
     if len(installed) > 1:
         names = [requirement.name for requirement in installed]
         text = f'{" and ".join(names)} are both installed and overwrite each other'
         command = f'{PIP} uninstall -y {" ".join(names)} && {PIP} install "{dependency.onedl}"'
-        return Problem('installed twice', text, command, essential)
+        return Problem('installed twice', text, command, not dependency.optional)
     for requirement, version in installed.items():
         if (state := requirement.judge(version)) != 'ok':
             text = f'{requirement.name} {version} is {state}, {requirement} is needed'
-            return Problem(state, text, f'{PIP} install "{requirement}"', essential)
+            return Problem(state, text, f'{PIP} install "{requirement}"', not dependency.optional)
     if installed or dependency.optional:
         return None
     command = f'{PIP} install "{_choose(dependency)}"'

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import mmpretrain.registry
 import pytest
+from builders import WIDTH, cae_config
 from mmengine.registry import (
+    FUNCTIONS,
     HOOKS,
     MODELS,
     OPTIM_WRAPPER_CONSTRUCTORS,
     OPTIM_WRAPPERS,
     OPTIMIZERS,
+    RUNNERS,
     TRANSFORMS,
     DefaultScope,
     Registry,
@@ -21,54 +24,33 @@ import cae_mm.registry
 from cae_mm import datasets, engine, hooks, models
 
 # a scope whose package is not installed makes mmengine warn and go on from the root registry
-SCOPES = ['mmengine', 'mmpretrain', 'mmseg', 'mmdet']
-ROOTS = [HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, TRANSFORMS]
+SCOPES = pytest.mark.parametrize('scope', ['mmengine', 'mmpretrain', 'mmseg', 'mmdet'])
+ROOTS = {
+    *(FUNCTIONS, HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS),
+    *(OPTIM_WRAPPERS, OPTIMIZERS, RUNNERS, TRANSFORMS),
+}
 OUR_CLASSES = {
     name: getattr(package, name)
     for package in (datasets, engine, hooks, models)
     for name in package.__all__
     if isinstance(getattr(package, name), type)
 }
-
-BACKBONE = dict(
-    type='cae_mm.CAEViT',
-    arch=dict(embed_dims=8, depth=1, num_heads=1, layer_scale=0.1),
-    img_size=32,
-)
-NECK = dict(
-    type='cae_mm.CAENeck',
-    in_dims=8,
-    embed_dims=8,
-    num_heads=1,
-    regressor_depth=1,
-    decoder_depth=1,
-    out_dims=16,
-)
-TOKENIZER = dict(type='cae_mm.DALLEEncoder', n_hid=4, vocab_size=16)
-MODEL = dict(
-    type='cae_mm.CAE',
-    backbone=BACKBONE,
-    neck=NECK,
-    head=dict(type='cae_mm.CAEPretrainHead'),
-    target_generator=TOKENIZER,
-)
-WRAPPER = dict(type='cae_mm.BF16OptimWrapper', optimizer=dict(type='SGD', lr=0.1))
+MODEL = cae_config(target_generator=dict(type='cae_mm.DALLEEncoder', n_hid=4, vocab_size=32))
+PARTS = [MODEL[name] for name in ('backbone', 'neck', 'head', 'target_generator')]
 CONSTRUCTOR = dict(
     type='cae_mm.LayerDecayOptimWrapperConstructor',
-    optim_wrapper_cfg=WRAPPER,
+    optim_wrapper_cfg=dict(
+        type='cae_mm.MixedPrecisionOptimWrapper', optimizer=dict(type='SGD', lr=0.1)
+    ),
     paramwise_cfg=dict(layer_decay_rate=0.65),
 )
+HEAD = dict(num_classes=2, in_channels=WIDTH)
 CONFIGS = [
-    (MODELS, MODEL),
-    (MODELS, BACKBONE),
-    (MODELS, NECK),
-    (MODELS, TOKENIZER),
-    (MODELS, dict(type='cae_mm.CAEPretrainHead')),
-    (MODELS, dict(type='cae_mm.DiscreteVAE', vocab_size=8, codebook_dims=4, hidden_dims=4)),
+    *((MODELS, part) for part in [MODEL, *PARTS, cae_config()['target_generator']]),
     (MODELS, dict(type='cae_mm.RGBTarget')),
     (MODELS, dict(type='cae_mm.CAEDataPreprocessor')),
-    (MODELS, dict(type='cae_mm.LinearProbeHead', num_classes=2, in_channels=8)),
-    (MODELS, dict(type='cae_mm.AttentiveProbeHead', num_classes=2, in_channels=8, num_heads=2)),
+    (MODELS, dict(type='cae_mm.LinearProbeHead', **HEAD)),
+    (MODELS, dict(type='cae_mm.AttentiveProbeHead', num_heads=2, **HEAD)),
     (MODELS, dict(type='cae_mm.ViTFeaturePyramid', in_channels=8)),
     (HOOKS, dict(type='cae_mm.SafeLoadHook')),
     (HOOKS, dict(type='cae_mm.KNNHook', train='train', val='val')),
@@ -79,36 +61,33 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize('scope', SCOPES)
+@SCOPES
 @pytest.mark.parametrize(
     ('registry', 'cfg'), [pytest.param(*config, id=config[1]['type']) for config in CONFIGS]
 )
 def test_builds_under_every_default_scope(registry, cfg, scope):
     with DefaultScope.overwrite_default_scope(scope):
         built = registry.build(cfg)
-    name = cfg['type'].removeprefix('cae_mm.')
-    assert type(built) is OUR_CLASSES[name]
+    assert type(built) is OUR_CLASSES[cfg['type'].removeprefix('cae_mm.')]
 
 
-@pytest.mark.parametrize('scope', SCOPES)
+@SCOPES
 def test_nested_types_are_ours(scope):
     with DefaultScope.overwrite_default_scope(scope):
         model = MODELS.build(MODEL)
         wrapper = OPTIM_WRAPPER_CONSTRUCTORS.build(CONSTRUCTOR)(model)
-    assert type(model.backbone) is models.CAEViT
-    assert type(model.neck) is models.CAENeck
-    assert type(model.head) is models.CAEPretrainHead
-    assert type(model.target_generator) is models.DALLEEncoder
-    assert type(model.data_preprocessor) is models.CAEDataPreprocessor
-    assert type(wrapper) is engine.BF16OptimWrapper
+    parts = (model.backbone, model.neck, model.head, model.target_generator)
+    assert [f'cae_mm.{type(part).__name__}' for part in parts] == [cfg['type'] for cfg in PARTS]
+    for part in (*parts, model.data_preprocessor, wrapper):
+        assert type(part) is OUR_CLASSES[type(part).__name__]
 
 
-@pytest.mark.parametrize('scope', SCOPES)
+@SCOPES
 def test_every_public_class_has_its_name_in_one_registry(scope):
     with DefaultScope.overwrite_default_scope(scope):
         for name, kind in OUR_CLASSES.items():
-            found = [root.name for root in ROOTS if root.get(f'cae_mm.{name}') is kind]
-            assert len(found) == 1, name
+            names = [root.name for root in ROOTS if root.get(f'cae_mm.{name}') is kind]
+            assert len(names) == 1, name
 
 
 def test_mmpretrains_and_mmengines_registries_hold_nothing_of_ours():
@@ -116,29 +95,25 @@ def test_mmpretrains_and_mmengines_registries_hold_nothing_of_ours():
     registries = [r for r in vars(mmpretrain.registry).values() if isinstance(r, Registry)]
     assert {registry.scope for registry in registries} == {'mmengine', 'mmpretrain'}
     for registry in registries:
-        ours = [
-            name
-            for name, kind in registry.module_dict.items()
-            if getattr(kind, '__module__', '').startswith('cae_mm')
-        ]
-        assert not ours, registry
+        modules = {getattr(kind, '__module__', '') for kind in registry.module_dict.values()}
+        assert not any(module.startswith('cae_mm') for module in modules), registry
 
 
 def test_ours_and_mmpretrains_do_not_hide_each_other():
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        theirs = MODELS.get('mmpretrain.CAE')
-        assert theirs.__module__.startswith('mmpretrain.')
+        namesake = MODELS.get('mmpretrain.CAE')
+        assert namesake.__module__.startswith('mmpretrain.')
         assert MODELS.get('cae_mm.CAE') is models.CAE
         with MODELS.switch_scope_and_registry(None) as registry:
-            assert registry.get('CAE') is theirs
+            assert registry.get('CAE') is namesake
             assert registry.get('CAEViT') is None
 
 
 def test_our_registries_are_children_of_mmengines_roots():
-    for name in cae_mm.registry.__all__:
-        registry = getattr(cae_mm.registry, name)
+    registries = [getattr(cae_mm.registry, name) for name in cae_mm.registry.__all__]
+    assert {registry.parent for registry in registries} == ROOTS
+    for registry in registries:
         assert registry.scope == 'cae_mm'
-        assert registry.parent.scope == 'mmengine'
         assert registry.parent.children['cae_mm'] is registry
 
 
@@ -162,18 +137,12 @@ print(*(type(x).__module__ for x in built))
 @pytest.mark.parametrize('preamble', ['import cae_mm.registry', ''], ids=['imported', 'not'])
 def test_a_fresh_process_finds_everything(preamble):
     """With ``cae_mm.registry`` imported, as by custom_imports, and with nothing imported."""
-    run = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', SCRIPT.format(preamble=preamble, cfg=BACKBONE)],
-        cwd=Path(cae_mm.__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split()[-3:] == [
-        'cae_mm.models.vit',
-        'cae_mm.datasets.masking',
-        'cae_mm.hooks.training',
-    ]
+    script = SCRIPT.format(preamble=preamble, cfg=MODEL['backbone'])
+    command = [sys.executable, '-W', 'ignore', '-c', script]
+    root = Path(cae_mm.__file__).parents[1]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    modules = ['cae_mm.models.vit', 'cae_mm.datasets.masking', 'cae_mm.hooks.training']
+    assert run.stdout.split()[-3:] == modules, run.stderr
 
 
 def test_unknown_name_is_an_error():
@@ -183,4 +152,4 @@ def test_unknown_name_is_an_error():
 
 def test_misspelt_option_is_an_error():
     with pytest.raises(TypeError, match="unexpected keyword argument 'drop_path'"):
-        MODELS.build(BACKBONE | dict(drop_path=0.1))
+        MODELS.build(MODEL['backbone'] | dict(drop_path=0.1))
