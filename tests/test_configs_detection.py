@@ -141,6 +141,18 @@ def test_config_trains_and_evaluates_when_shrunk(path, coco, tmp_path):
     assert results == ({boxes} if cfg.model.type == 'DINO' else {boxes, masks})
 
 
+def test_regions_of_a_batch_are_those_of_its_images(coco, tmp_path):
+    """mmcv's RoIAlign takes all maps for contiguous, and says nothing when they are not."""
+    path = ROOT / 'configs/mask_rcnn/cae_vit-base_mask-rcnn_1xb2-accum16-amp-1x_coco.py'
+    model = MODELS.build(shrink(Config.fromfile(path), coco, tmp_path).model).eval()
+    pool = model.roi_head.bbox_roi_extractor
+    images, box = torch.randn(2, 3, 64, 96), [8.0, 8.0, 60.0, 50.0]
+    both = pool(model.extract_feat(images)[:4], torch.tensor([[0.0, *box], [1.0, *box]]))
+    for image, regions in zip(images[:, None], both[:, None], strict=True):
+        alone = pool(model.extract_feat(image)[:4], torch.tensor([[0.0, *box]]))
+        torch.testing.assert_close(regions, alone, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_config_builds_at_full_size(path):
     cfg = Config.fromfile(path)

@@ -285,7 +285,10 @@ class CAEViT(PretrainedModule):
             return norm(x[:, 0])
         if self.out_type == 'avg_featmap':
             return norm(x[:, 1:].mean(1))
-        return norm(x[:, 1:]).transpose(1, 2).unflatten(-1, grid)  # [B, D, h, w]
+        maps = norm(x[:, 1:]).transpose(1, 2).unflatten(-1, grid)  # [B, D, h, w]
+        # mmcv's RoIAlign ignores strides, so transposed maps would pass through convolutions
+        # channels last, and be read in the wrong order: open-mmlab/mmcv#2203
+        return maps.contiguous()
 
     def _resize_table(self, key: str, table: Tensor) -> Tensor:
         """Resize a relative position table, made for a square grid, to this model's grid."""

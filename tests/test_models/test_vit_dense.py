@@ -219,6 +219,13 @@ def test_an_image_does_not_depend_on_the_others_of_its_batch(options):
             torch.testing.assert_close(alone[0], out[i])
 
 
+def test_maps_are_contiguous():
+    """As mmcv's RoIAlign takes them; with one image alone any order of memory counts as that."""
+    neck = ViTFeaturePyramid(in_channels=16, patch_size=8, strides=(2, 4, 16)).double().eval()
+    maps = build(final_norm=True)(images_of())
+    assert all(out.is_contiguous() for out in (*maps, *neck(maps)))
+
+
 def test_few_tables_of_positions_are_kept():
     """Detection sees hundreds of sizes, whose tables would fill a GPU."""
     positions = SinCosPositions(8, base_grid=(2, 2))
