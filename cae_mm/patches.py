@@ -45,6 +45,25 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)  # [B, N, C*p*p]
 
 
+def unpadded_grids(patches: Tensor, grid: Grid) -> Tensor:
+    """Rows and columns that each image fills of a padded grid.
+
+    What is zero throughout at the right and the bottom is padding: mmdetection and mmsegmentation
+    pad after normalisation, where ImageNet's means make no pixel of an image exactly zero.
+
+    Args:
+        patches: Shape (B, h * w, C * p * p).
+        grid: Rows h and columns w of the padded batch.
+
+    Returns:
+        int64 tensor with shape (B, 2) on the same device, at least 1.
+    """
+    filled = patches.ne(0).any(-1).unflatten(1, grid)  # [B, h, w]
+    ends = [torch.arange(1, side + 1, device=patches.device) for side in grid]
+    rows, columns = (filled.any(2 - i) * ends[i] for i in range(2))  # [B, h], [B, w]
+    return torch.stack([rows.amax(1), columns.amax(1)], dim=1).clamp(min=1)
+
+
 def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
     """Take the tokens ``ids`` of each image.
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cae_mm.patches import gather_tokens, grid_of, patchify, split_mask, to_pair
+from cae_mm.patches import gather_tokens, grid_of, patchify, split_mask, to_pair, unpadded_grids
 
 
 def equal(a, b):
@@ -82,3 +82,20 @@ def test_grid_of_proposes_a_size(size):
     message = rf'{size[0]}x{size[1]} pixels cannot be cut into patches of 16x16: .* to 240x160$'
     with pytest.raises(ValueError, match=message):
         grid_of(size, 16)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_padding_is_told_from_pixels(dtype):
+    """No pixel of an image is zero after normalisation, whatever its colour."""
+    mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])[..., None, None]
+    images = torch.arange(256.0).expand(3, 256)[:, :, None].expand(-1, -1, 3)
+    images = ((images - mean) / std).to(dtype)  # [3, 256, 3], a row of each grey
+    assert images.ne(0).all()
+    sizes = [(24, 16), (17, 9), (1, 24), (8, 8)]
+    batch = torch.zeros(5, 3, 24, 32, dtype=dtype)
+    for i, (height, width) in enumerate(sizes):
+        batch[i, :, :height, :width] = images[:, 116 : 116 + height, :1]
+    grids = unpadded_grids(patchify(batch, 8), (3, 4))
+    assert grids.tolist() == [[3, 2], [3, 2], [1, 3], [1, 1], [1, 1]]  # the last one is blank
+    batch[0, 1, 5, 31] = batch[1, :, :, :8] = 0  # zeros inside an image do not matter
+    assert unpadded_grids(patchify(batch, 8), (3, 4))[:2].tolist() == [[3, 2], [3, 2]]

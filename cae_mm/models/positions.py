@@ -73,6 +73,34 @@ class SinCosPositions(nn.Module):
             self._tables[grid, device] = self._build(grid).to(device)
         return self._tables[grid, device]
 
+    def of_padded(self, grid: Grid, own_grids: Tensor) -> Tensor:
+        """Return float32 positions that do not depend on how far an image is padded.
+
+        Args:
+            grid: Rows h and columns w of the padded batch.
+            own_grids: Rows and columns that each image fills, shape (B, 2).
+
+        Returns:
+            Tensor with shape (B, h * w, D): those that ``forward`` returns for each image's own
+            grid, and in its padding those of the nearest border.
+        """
+        assert self.base_grid is not None
+        table = self(self.base_grid, own_grids.device).T.reshape(1, self.dim, *self.base_grid)
+        # centres of the patches; the image's borders are -1 and 1
+        y, x = (
+            (torch.arange(side, device=own_grids.device) + 0.5) / own_grids[:, axis, None] * 2 - 1
+            for axis, side in enumerate(grid)
+        )  # [B, h], [B, w]
+        points = torch.stack(torch.broadcast_tensors(x[:, None], y[:, :, None]), dim=-1)
+        positions = F.grid_sample(
+            table,
+            points.flatten(0, 1)[None],  # [1, B * h, w, 2]
+            mode='bicubic',
+            padding_mode='border',
+            align_corners=False,
+        )  # [1, D, B * h, w]
+        return positions[0].flatten(1).T.reshape(-1, grid[0] * grid[1], self.dim)
+
     def _build(self, grid: Grid) -> Tensor:
         if self.base_grid is None or grid == self.base_grid:
             return sincos_positions(grid, self.dim)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cae_mm.checkpoints import PretrainedModule
 from cae_mm.models.blocks import Block, init_linear_and_norm, linear_drop_path, trunc_normal_
 from cae_mm.models.positions import SinCosPositions, num_relative_positions, resize_bias_table
-from cae_mm.patches import Grid, gather_tokens, grid_of, patchify, to_pair
+from cae_mm.patches import Grid, gather_tokens, grid_of, patchify, to_pair, unpadded_grids
 from cae_mm.registry import MODELS
 
 # Sizes: paper, "Training Details" (S, B, L) and "Downstream Tasks" (H).
@@ -65,6 +65,9 @@ class CAEViT(PretrainedModule):
         pretrain_img_size: Height and width in pixels of pretraining, for which the fixed positions
             are exact; None means ``img_size``. Other sizes get positions resized bicubically
             from these, as in the official downstream code.
+        unpadded_positions: Resize positions to each image's own grid of patches, so that they do
+            not depend on how far it is padded at the right and the bottom (with zeros, after
+            normalisation). False: to the grid of the padded batch, as the official downstream code.
         patch_size: Side of a patch in pixels.
         in_channels: Channels of the images.
         mlp_ratio: Hidden width of the MLPs over the width.
@@ -93,6 +96,7 @@ class CAEViT(PretrainedModule):
         arch: str | dict[str, Any] = 'base',
         img_size: int | tuple[int, int] = 224,
         pretrain_img_size: int | tuple[int, int] | None = None,
+        unpadded_positions: bool = False,
         patch_size: int = 16,
         in_channels: int = 3,
         mlp_ratio: float = 4.0,
@@ -121,6 +125,12 @@ class CAEViT(PretrainedModule):
             raise ValueError(f'frozen_stages must be in [-1, {self.depth}], not {frozen_stages}')
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
+        if use_rel_pos_bias and unpadded_positions:
+            raise ValueError(
+                'use_rel_pos_bias resizes its tables to the padded batch: leave out '
+                'unpadded_positions'
+            )
+        self.unpadded_positions = unpadded_positions
         if use_rel_pos_bias and window_size is not None:
             raise ValueError('windows have no relative position bias: choose one of the two')
         if window_size is not None and window_size < 1:
@@ -263,7 +273,11 @@ class CAEViT(PretrainedModule):
 
     def _embed(self, images: Tensor, grid: Grid, ids: Tensor | None = None) -> Tensor:
         patches = patchify(images, self.patch_size)  # [B, N, C*p*p]
-        positions = self.positions(grid, images.device).to(self.cls_token.dtype)[None]  # [1, N, D]
+        if self.unpadded_positions:
+            positions = self.positions.of_padded(grid, unpadded_grids(patches, grid))  # [B, N, D]
+        else:
+            positions = self.positions(grid, images.device)[None]  # [1, N, D]
+        positions = positions.to(self.cls_token.dtype)
         if ids is not None:
             patches = gather_tokens(patches, ids)  # [B, K, C*p*p]
             positions = gather_tokens(positions.expand(len(ids), -1, -1), ids)  # [B, K, D]

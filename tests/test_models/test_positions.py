@@ -67,6 +67,19 @@ def test_positions_of_other_grids_are_resized_bicubically(grid):
     assert (positions - sincos_positions(grid, 16)).abs().max() > 0.01
 
 
+def test_positions_of_padded_images():
+    """Each image has those of its own grid, and beyond it those of its border."""
+    positions, grids = SinCosPositions(16, base_grid=(4, 6)), [(4, 6), (3, 7), (9, 2), (1, 1)]
+    padded = positions.of_padded((9, 7), torch.tensor(grids))
+    assert padded.shape == (4, 63, 16) and padded.dtype == torch.float32
+    for table, (h, w) in zip(padded.unflatten(1, (9, 7)), grids, strict=True):
+        own = positions((h, w), CPU).unflatten(0, (h, w))
+        torch.testing.assert_close(table[:h, :w], own, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        padded.unflatten(1, (9, 7))[0, 7, 6], sincos_positions((4, 6), 16)[-1]
+    )
+
+
 def test_without_a_base_grid_each_grid_is_exact():
     positions = SinCosPositions(16)
     for grid in ((4, 4), (3, 9)):

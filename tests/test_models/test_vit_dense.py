@@ -236,6 +236,40 @@ def test_few_tables_of_positions_are_kept():
     equal(positions((1, 1), torch.device('cpu')), first)
 
 
+# positions that do not depend on padding
+
+
+@pytest.mark.parametrize('options', [{}, dict(window_size=4, global_blocks=(1,))])
+@pytest.mark.parametrize('size', [(48, 40), (32, 32), (43, 21), (8, 64)])
+def test_without_padding_positions_are_the_same(size, options):
+    images = images_of(*size)
+    vits = [build(unpadded_positions=on, **options) for on in (False, True)]
+    for out, other in zip(vits[0](images), vits[1](images), strict=True):
+        torch.testing.assert_close(other, out, rtol=0, atol=1e-4)
+    grads = [gradients(vit, images) for vit in vits]
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('options', [{}, dict(window_size=4, global_blocks=(1,))])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_positions_do_not_depend_on_padding(options, dtype):
+    """Seen in tokens that do not attend to others: images alone, and padded to a batch's size."""
+    sizes = [(48, 40), (24, 56), (11, 64)]
+    images = [images_of(*size, batch=1).to(dtype) for size in sizes]
+    batch = torch.cat([F.pad(x, (0, 72 - x.shape[3], 0, 64 - x.shape[2])) for x in images])
+    for on in (True, False):
+        vit = build(unpadded_positions=on, **options).to(dtype)
+        for block in vit.blocks:
+            nn.init.zeros_(block.gamma_1)
+        differences = []
+        for i, image in enumerate(images):
+            [_, _, alone], [_, _, padded] = vit(image), vit(batch)
+            h, w = alone.shape[-2:]
+            differences.append((padded[i, :, :h, :w] - alone[0]).abs().max() / alone.abs().max())
+        assert all((d < (1e-5 if dtype == torch.float64 else 0.03)) == on for d in differences)
+
+
 # relative positions
 
 
@@ -407,6 +441,10 @@ def test_recomputing_changes_nothing(options):
             'global_blocks has 3, but there are 3 blocks',
         ),
         (dict(global_blocks=(1,)), 'global_blocks needs a window_size'),
+        (
+            dict(use_rel_pos_bias=True, unpadded_positions=True),
+            'use_rel_pos_bias resizes its tables to the padded batch: leave out unpadded_positions',
+        ),
         (dict(window_size=0), 'window_size must be at least 1, not 0'),
         (dict(pretrain_img_size=30), '30x30 pixels cannot be cut into patches of 8x8'),
     ],
