@@ -17,6 +17,8 @@ pytest.importorskip('mmdet', reason='mmdetection is not installed')
 
 from mmdet.datasets import CocoDataset  # noqa: E402
 
+from cae_mm.patches import patchify, unpadded_grids  # noqa: E402
+
 pytestmark = pytest.mark.usefixtures('plain_config_text')
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(
@@ -151,6 +153,20 @@ def test_regions_of_a_batch_are_those_of_its_images(coco, tmp_path):
     for image, regions in zip(images[:, None], both[:, None], strict=True):
         alone = pool(model.extract_feat(image)[:4], torch.tensor([[0.0, *box]]))
         torch.testing.assert_close(regions, alone, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('path', [PAPER[0], CONFIGS[-1]], ids=lambda path: path.stem)
+def test_padding_is_told_from_what_mmdetection_makes_of_images(path):
+    preprocessor = MODELS.build(Config.fromfile(path).model.data_preprocessor)
+    sizes = [(64, 96), (50, 33), (16, 17)]
+    greys = (0, 103, 124)  # black, and ImageNet's means
+    images = [
+        torch.full((3, *size), grey, dtype=torch.uint8)
+        for size, grey in zip(sizes, greys, strict=True)
+    ]
+    batch = preprocessor(dict(inputs=images, data_samples=None))['inputs']
+    assert batch.shape == (3, 3, 64, 96)
+    assert unpadded_grids(patchify(batch, 16), (4, 6)).tolist() == [[4, 6], [4, 3], [1, 2]]
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
