@@ -5,6 +5,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,36 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-METADATA = 'cae_mm'  # key of our metadata in a safetensors file
+from cae_mm.checkpoints.description import KEY, EncoderDescription
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint file without executing its pickle.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds.
+
+    Attributes:
+        state: The weights.
+        metadata: What this project wrote beside them: 'encoder' and, in converted files, 'source',
+            'part' and 'neck'; {} in files of others.
+        path: The file.
+    """
+
+    state: dict[str, Tensor]
+    metadata: dict[str, Any]
+    path: Path
+
+    @property
+    def description(self) -> EncoderDescription | None:
+        """Of its encoder, None if the file does not tell.
+
+        Raises:
+            ValueError: If it cannot be read.
+        """
+        return parse_description(self.metadata, self.path)
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint file without executing its pickle.
 
     Args:
         path: A ``.safetensors`` file or a ``.pth``; in the latter a nested ``state_dict``
@@ -31,10 +57,49 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if path.suffix == '.safetensors':
         try:
-            return load_file(path)
+            return Checkpoint(load_file(path), read_metadata(path), path)
         except SafetensorError as error:
             raise ValueError(f'{path} is no complete safetensors file: {error}') from error
-    return get_state_dict(read_plain_pickle(path, HARMLESS), path)
+    content = read_plain_pickle(path, HARMLESS)
+    return Checkpoint(get_state_dict(content, path), get_metadata(content), path)
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a file as ``read_checkpoint`` does."""
+    return read_checkpoint(path).state
+
+
+def read_description(path: str | Path) -> EncoderDescription | None:
+    """Read the description of a file's encoder, None if the file does not tell.
+
+    Raises:
+        ValueError: If the file or the description cannot be read.
+    """
+    path = Path(path)
+    if path.suffix == '.safetensors':
+        return parse_description(read_metadata(path), path)
+    return parse_description(get_metadata(read_plain_pickle(path, HARMLESS)), path)
+
+
+def parse_description(metadata: dict[str, Any], path: Path) -> EncoderDescription | None:
+    """Take the encoder's description out of what stands beside weights, None if it is not there.
+
+    Raises:
+        ValueError: If it is incomplete.
+    """
+    if 'encoder' not in metadata:
+        return None
+    try:
+        return EncoderDescription.from_dict(metadata['encoder'])
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f'{path} has no readable description of its encoder: {error}') from error
+
+
+def get_metadata(content: Any) -> dict[str, Any]:
+    """Return what ``SafeLoadHook`` wrote into a checkpoint's meta, {} if it did not."""
+    meta = content.get('meta') if isinstance(content, dict) else None
+    metadata = meta.get(KEY) if isinstance(meta, dict) else None
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def get_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
@@ -131,7 +196,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         return {}
     try:
         with safe_open(path, 'pt') as file:
-            return json.loads((file.metadata() or {}).get(METADATA, '{}'))
+            return json.loads((file.metadata() or {}).get(KEY, '{}'))
     except (SafetensorError, ValueError) as error:
         raise ValueError(f'{path} has no readable metadata: {error}') from error
 
@@ -142,7 +207,7 @@ def write_safetensors(
     """Write tensors and metadata; the file appears when it is complete, with its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + '.unfinished')
-    header = {'format': 'pt'} | ({METADATA: json.dumps(metadata)} if metadata else {})
+    header = {'format': 'pt'} | ({KEY: json.dumps(metadata)} if metadata else {})
     try:
         data = save({k: v.contiguous() for k, v in state.items()}, metadata=header)
         unfinished.write_bytes(data)  # save_file would leave it readable to its owner alone

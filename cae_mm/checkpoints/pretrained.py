@@ -14,7 +14,8 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from cae_mm.checkpoints.files import read_metadata, read_state_dict
+from cae_mm.checkpoints.description import EncoderDescription
+from cae_mm.checkpoints.files import read_checkpoint
 
 MAX_KEYS_SHOWN = 5
 # A key of each project whose weights can be converted; the first that fits is taken.
@@ -88,10 +89,11 @@ def load_pretrained(
     """
     name = type(module).__name__
     path = find_file(checkpoint, name, getattr(module, 'explain_missing_weights', lambda: '')())
-    everything = read_state_dict(path)
+    file = read_checkpoint(path)
+    everything = file.state
     state = {k.removeprefix(prefix): v for k, v in everything.items() if k.startswith(prefix)}
-    remarks = compare_metadata(module, read_metadata(path), path)
-    state, adapted = adapt_state_dict(module, state)
+    remarks = compare_descriptions(module, file.description, path)
+    state, adapted = fit_state_dict(module, state)
     match = compare_keys(module.state_dict(), state)
     if min_matched < 1:
         check_share(module, match, min_matched, path, everything, prefix)
@@ -118,7 +120,7 @@ def find_file(checkpoint: str | Path, name: str, advice: str = '') -> Path:
     return path
 
 
-def adapt_state_dict(
+def fit_state_dict(
     module: nn.Module, state: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Let ``CAEViT.adapt_state_dict`` work on the encoder's part of ``state``, if there is one.
@@ -143,7 +145,9 @@ def find_encoder(module: nn.Module) -> tuple[Any, str]:
     return None, ''
 
 
-def compare_metadata(module: nn.Module, metadata: dict[str, Any], path: Path) -> list[str]:
+def compare_descriptions(
+    module: nn.Module, of_file: EncoderDescription | None, path: Path
+) -> list[str]:
     """Compare what no shape tells: number of heads and size of pretraining.
 
     Returns:
@@ -153,21 +157,21 @@ def compare_metadata(module: nn.Module, metadata: dict[str, Any], path: Path) ->
         ValueError: If the numbers of heads differ.
     """
     encoder, _ = find_encoder(module)
-    if encoder is None or 'encoder' not in metadata:
+    if encoder is None or of_file is None:
         return []
-    made_for, heads = metadata['encoder'], encoder.blocks[0].attn.num_heads
-    if made_for['num_heads'] != heads:
+    of_model = encoder.describe()
+    if of_file.num_heads != of_model.num_heads:
         raise ValueError(
-            f'{path} was made with {made_for["num_heads"]} heads, but the model has {heads}: the '
-            'shapes are the same, the results are not. Set num_heads in arch'
+            f'{path} was made with {of_file.num_heads} heads, but the model has '
+            f'{of_model.num_heads}: the shapes are the same, the results are not. '
+            'Set num_heads in arch'
         )
-    size = tuple(made_for['pretrain_img_size'])
-    have = tuple(side * encoder.patch_size for side in encoder.positions.base_grid)
-    if size == have:
+    if of_file.pretrain_img_size == of_model.pretrain_img_size:
         return []
+    sizes = [f'{h}x{w}' for h, w in (of_file.pretrain_img_size, of_model.pretrain_img_size)]
     return [
-        f'the file has positions for {size[0]}x{size[1]} pixels, the model for {have[0]}x{have[1]}:'
-        f' pretrain_img_size={size} keeps those of the file'
+        f'the file has positions for {sizes[0]} pixels, the model for {sizes[1]}: '
+        f'pretrain_img_size={of_file.pretrain_img_size} keeps those of the file'
     ]
 
 

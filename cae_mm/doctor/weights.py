@@ -21,10 +21,10 @@ from cae_mm.checkpoints.files import (
 )
 from cae_mm.checkpoints.pretrained import (
     KeyMatch,
-    adapt_state_dict,
     check_share,
     compare_keys,
     explain_mismatch,
+    fit_state_dict,
 )
 from cae_mm.doctor.case import Case, Finding, get
 from cae_mm.doctor.failures import explain
@@ -207,7 +207,7 @@ def _check_fit(
 ) -> Iterator[Finding]:
     state = _without_prefix(checkpoint.state, load.prefix)
     try:
-        adapted, _ = adapt_state_dict(module, state)
+        adapted, _ = fit_state_dict(module, state)
     except (ValueError, KeyError, RuntimeError) as error:
         yield _found(case, load, 'error', explain(error), 'set arch and img_size as they were')
         return

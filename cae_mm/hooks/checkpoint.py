@@ -11,17 +11,27 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
-from torch import Tensor
+from torch import Tensor, nn
 
-from cae_mm.checkpoints.files import HARMLESS, get_state_dict, read_plain_pickle, read_state_dict
+from cae_mm.checkpoints.description import KEY
+from cae_mm.checkpoints.files import (
+    HARMLESS,
+    get_metadata,
+    get_state_dict,
+    parse_description,
+    read_checkpoint,
+    read_plain_pickle,
+)
 from cae_mm.checkpoints.pretrained import (
-    adapt_state_dict,
     check_share,
+    compare_descriptions,
     compare_keys,
     explain_mismatch,
     find_file,
+    fit_state_dict,
     log_match,
 )
+from cae_mm.models.description import describe_model
 from cae_mm.registry import HOOKS
 
 SCHEME = 'plain:'  # stands before a path so that mmengine reads it through load_from_plain
@@ -32,7 +42,8 @@ def load_from_plain(filename: str, map_location: Any = None) -> dict[str, Any]:
     """Read a checkpoint for mmengine with the restricted unpickler, or from safetensors."""
     path = Path(filename.removeprefix(SCHEME))
     if path.suffix == '.safetensors':
-        return {'state_dict': read_state_dict(path)}
+        checkpoint = read_checkpoint(path)
+        return {'state_dict': checkpoint.state, 'meta': {KEY: checkpoint.metadata}}
     content = read_plain_pickle(path, HARMLESS, map_location)
     if isinstance(content, dict) and 'state_dict' in content:
         return content
@@ -47,6 +58,8 @@ class SafeLoadHook(Hook):
       backbone) must match to a share of ``min_matched``; a new head may be missing.
     - Testing and validating: every tensor of the model must be in the file, so that no head is
       evaluated with random weights.
+    - Always: the numbers of heads must agree, as far as the file tells.
+    - Saving: the encoder is described beside the weights.
     - Resuming: all keys must fit. The config in the file is not read (mmengine would run it).
 
     Args:
@@ -68,21 +81,27 @@ class SafeLoadHook(Hook):
         path = find_file(checkpoint, type(runner.model).__name__)
         runner._load_from = f'{SCHEME}{path}'
 
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Describe the encoder in the file, so that nothing has to be guessed of it later."""
+        description = describe_model(unwrap(runner.model))
+        if description is not None:
+            checkpoint['meta'][KEY] = {'encoder': description.to_dict()}
+
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Compare keys and shapes, and leave only what fits for the Runner to load."""
         if runner._has_loaded or not str(runner._load_from).startswith(SCHEME):
             return  # a call of Runner.load_checkpoint by somebody else
         path = Path(runner._load_from.removeprefix(SCHEME))
-        model = runner.model
-        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-            model = model.module
+        model = unwrap(runner.model)
         training = isinstance(runner._train_loop, BaseLoop)
         state: dict[str, Tensor] = checkpoint['state_dict']
-        remarks: list[str] = []
+        description = parse_description(get_metadata(checkpoint), path)
+        remarks = compare_descriptions(model, description, path)
         if runner._resume:
             checkpoint.get('meta', {}).pop('config', None)
         elif training:
-            state, remarks = adapt_state_dict(model, state)
+            state, adapted = fit_state_dict(model, state)
+            remarks += adapted
         match = compare_keys(model.state_dict(), state)
         if training and not runner._resume:
             check_share(model, match, self.min_matched, path, checkpoint['state_dict'])
@@ -95,3 +114,10 @@ class SafeLoadHook(Hook):
             )
         checkpoint['state_dict'] = {key: state[key] for key in match.matched}
         log_match(type(model).__name__, path, match, remarks)
+
+
+def unwrap(model: Any) -> nn.Module:
+    """Take a model out of the wrappers of distributed training and test time augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model

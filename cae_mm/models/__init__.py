@@ -3,6 +3,7 @@
 from cae_mm.model_index import register_model_index
 from cae_mm.models.cae import CAE
 from cae_mm.models.data_preprocessor import CAEDataPreprocessor
+from cae_mm.models.description import build_encoder, describe_model
 from cae_mm.models.feature_pyramid import ViTFeaturePyramid
 from cae_mm.models.head import CAEPretrainHead
 from cae_mm.models.neck import CAENeck
@@ -23,6 +24,8 @@ __all__ = [
     'LinearProbeHead',
     'RGBTarget',
     'ViTFeaturePyramid',
+    'build_encoder',
+    'describe_model',
 ]
 
 register_model_index()

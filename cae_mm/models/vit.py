@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from cae_mm.checkpoints import PretrainedModule
+from cae_mm.checkpoints import EncoderDescription, PretrainedModule
 from cae_mm.models.blocks import Block, init_linear_and_norm, linear_drop_path, trunc_normal_
 from cae_mm.models.positions import SinCosPositions, num_relative_positions, resize_bias_table
 from cae_mm.patches import Grid, gather_tokens, grid_of, patchify, to_pair, unpadded_grids
@@ -216,6 +216,25 @@ class CAEViT(PretrainedModule):
             if i in self.out_indices:
                 outs.append(self._format(x, grid, last=i == self.depth - 1))
         return tuple(outs)
+
+    def describe(self) -> EncoderDescription:
+        """Say what weights of this encoder do not tell; mean and std are not known here."""
+        first: Any = self.blocks[0]
+        h, w = self.grid
+        base_h, base_w = self.positions.base_grid or self.grid
+        return EncoderDescription(
+            embed_dims=self.embed_dims,
+            depth=self.depth,
+            num_heads=first.attn.num_heads,
+            mlp_ratio=first.mlp.fc1.out_features / self.embed_dims,
+            patch_size=self.patch_size,
+            in_channels=self.patch_embed.proj.in_channels,
+            img_size=(h * self.patch_size, w * self.patch_size),
+            pretrain_img_size=(base_h * self.patch_size, base_w * self.patch_size),
+            use_rel_pos_bias=self.bias_grid is not None,
+            final_norm=not isinstance(self.norm, nn.Identity),
+            pooled_norm=self.out_type == 'avg_featmap',
+        )
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Make the weights of another ``CAEViT`` fit the options of this one.

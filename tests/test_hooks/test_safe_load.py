@@ -1,6 +1,7 @@
 """The Runner loads, tests and resumes from plain data that fits, and from nothing else."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,13 @@ import torch
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import CheckpointHook
-from mmengine.model import BaseModel, BaseTTAModel
+from mmengine.model import BaseModel, BaseTTAModel, ImgDataPreprocessor
 from mmengine.runner import Runner
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
+from cae_mm.checkpoints import read_description
 from cae_mm.hooks import SafeLoadHook
 from cae_mm.models import CAEViT
 
@@ -21,10 +23,10 @@ from cae_mm.models import CAEViT
 class Toy(BaseModel):
     """An encoder and a head."""
 
-    def __init__(self, classes=2, depth=1, use_rel_pos_bias=False):
+    def __init__(self, classes=2, depth=1, use_rel_pos_bias=False, heads=2):
         super().__init__()
         self.backbone = CAEViT(
-            arch=dict(embed_dims=8, depth=depth, num_heads=2, layer_scale=0.1),
+            arch=dict(embed_dims=8, depth=depth, num_heads=heads, layer_scale=0.1),
             img_size=8,
             patch_size=4,
             out_type='avg_featmap',
@@ -32,8 +34,8 @@ class Toy(BaseModel):
         )
         self.head = nn.Linear(8, classes)
 
-    def forward(self, inputs, mode='tensor'):
-        y = self.head(self.backbone(torch.stack(inputs))[0])
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        y = self.head(self.backbone(torch.stack(list(inputs)))[0])
         return dict(loss=y.square().mean()) if mode == 'loss' else [y]
 
 
@@ -178,6 +180,25 @@ def test_resuming_goes_on(tmp_path, make_runner, explicit):
     runner.train()
     assert (runner.epoch, runner.iter) == (2, 2)
     assert same(first.model.state_dict(), runner.model.state_dict())
+
+
+def test_the_encoder_is_described_in_every_checkpoint(tmp_path, make_runner):
+    """So that another number of heads is refused however the file is used."""
+    model = trained()
+    model.data_preprocessor = ImgDataPreprocessor(
+        mean=[123.675, 2, 3], std=[1, 2, 3], bgr_to_rgb=True
+    )
+    make_runner(model).train()
+    path = tmp_path / 'work' / 'epoch_1.pth'
+    assert read_description(path) == replace(
+        Toy().backbone.describe(), mean=(123.675, 2.0, 3.0), std=(1.0, 2.0, 3.0), to_rgb=True
+    )
+    message = 'epoch_1.pth was made with 2 heads, but the model has 4'
+    for options in (dict(load_from=str(path)), dict(resume=True)):
+        with pytest.raises(ValueError, match=message):
+            make_runner(Toy(heads=4), epochs=2, **options).train()
+    with pytest.raises(ValueError, match=message):
+        make_runner(Toy(heads=4), load_from=str(path)).test()
 
 
 def test_resuming_without_a_checkpoint_starts_anew(make_runner):
