@@ -5,10 +5,10 @@ from cae_mm.checkpoints.files import (
     Checkpoint,
     read_checkpoint,
     read_description,
-    read_plain_pickle,
     read_state_dict,
 )
 from cae_mm.checkpoints.pretrained import PretrainedModule, load_pretrained
+from cae_mm.checkpoints.unpickler import read_plain_pickle
 
 __all__ = [
     'Checkpoint',

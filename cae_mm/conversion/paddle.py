@@ -4,10 +4,6 @@
 how deep it lies: https://github.com/PaddlePaddle/Paddle/blob/v2.4.2/python/paddle/framework/io.py
 """
 
-import argparse
-import codecs
-import pickle
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cae_mm.checkpoints.unpickler import PlainUnpickler, refusing
+
 SUFFIXES = ('.pd', '.pdparams')
-_RECONSTRUCT: Any = np.zeros(1).__reduce__()[0]
-_SCALAR: Any = np.float64(0).__reduce__()[0]
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Knows numpy arrays and plain containers; everything else is refused."""
-
-    known: dict[str, Any] = {
-        '_codecs.encode': codecs.encode,
-        '__builtin__.tuple': tuple,
-        'argparse.Namespace': argparse.Namespace,
-        'builtins.tuple': tuple,
-        'collections.OrderedDict': OrderedDict,
-        'numpy.dtype': np.dtype,
-        'numpy.ndarray': np.ndarray,
-        **{f'numpy.{core}.multiarray._reconstruct': _RECONSTRUCT for core in ('core', '_core')},
-        **{f'numpy.{core}.multiarray.scalar': _SCALAR for core in ('core', '_core')},
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Look the name up; nothing is imported."""
-        if f'{module}.{name}' not in self.known:
-            raise ValueError(f'it refers to {module}.{name}, which is not allowed there')
-        return self.known[f'{module}.{name}']
 
 
 def read_paddle(path: Path) -> dict[str, Tensor]:
@@ -48,11 +22,8 @@ def read_paddle(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: If the file needs code to be run, or holds no dict of arrays.
     """
-    try:
-        with path.open('rb') as file:
-            content = PlainUnpickler(file).load()
-    except Exception as error:  # a pickle's bytes can raise anything
-        raise ValueError(f'{path} was refused, nothing in it was executed: {error}') from error
+    with refusing(path), path.open('rb') as file:
+        content = PlainUnpickler(file).load()
     if isinstance(content, dict) and isinstance(content.get('model'), dict):
         content = content['model']
     if not isinstance(content, dict):

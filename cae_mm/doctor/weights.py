@@ -13,7 +13,6 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from cae_mm.checkpoints.files import (
-    HARMLESS,
     get_state_dict,
     read_metadata,
     read_plain_pickle,
@@ -110,7 +109,7 @@ def _read_checkpoint(path: Path, changed: int) -> Checkpoint | Exception:
     try:
         if path.suffix == '.safetensors':
             return Checkpoint(read_state_dict(path), {}, read_metadata(path))
-        content = read_plain_pickle(path, HARMLESS)
+        content = read_plain_pickle(path)
         return Checkpoint(get_state_dict(content, path), _read_config(content), {})
     except ValueError as error:
         return error

@@ -15,12 +15,10 @@ from torch import Tensor, nn
 
 from cae_mm.checkpoints.description import KEY
 from cae_mm.checkpoints.files import (
-    HARMLESS,
     get_metadata,
     get_state_dict,
     parse_description,
     read_checkpoint,
-    read_plain_pickle,
 )
 from cae_mm.checkpoints.pretrained import (
     check_share,
@@ -31,6 +29,7 @@ from cae_mm.checkpoints.pretrained import (
     fit_state_dict,
     log_match,
 )
+from cae_mm.checkpoints.unpickler import read_plain_pickle
 from cae_mm.models.description import describe_model
 from cae_mm.registry import HOOKS
 
@@ -38,13 +37,13 @@ SCHEME = 'plain:'  # stands before a path so that mmengine reads it through load
 
 
 @CheckpointLoader.register_scheme(prefixes=SCHEME)
-def load_from_plain(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Read a checkpoint for mmengine with the restricted unpickler, or from safetensors."""
+def load_from_plain(filename: str, *_: Any) -> dict[str, Any]:
+    """Read a checkpoint for mmengine, always onto the CPU: who loads it moves what has to move."""
     path = Path(filename.removeprefix(SCHEME))
     if path.suffix == '.safetensors':
         checkpoint = read_checkpoint(path)
         return {'state_dict': checkpoint.state, 'meta': {KEY: checkpoint.metadata}}
-    content = read_plain_pickle(path, HARMLESS, map_location)
+    content = read_plain_pickle(path)
     if isinstance(content, dict) and 'state_dict' in content:
         return content
     return {'state_dict': get_state_dict(content, path)}

@@ -1,0 +1,260 @@
+"""Read pickles as plain data: of torch, in its format since 1.6 and the one before, and of Paddle.
+
+A pickle is a program. Here it can name, call and fill in only what stands in a table, by name;
+nothing is imported, and what the table has instead of functions of torch or numpy does no more
+than the plain case needs.
+
+References:
+    Instructions of a pickle: https://github.com/python/cpython/blob/3.11/Lib/pickletools.py
+    Formats: https://github.com/pytorch/pytorch/blob/v2.4.1/torch/serialization.py
+"""
+
+import argparse
+import pickle
+import sys
+import zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from torch import Tensor
+
+MAGIC = tuple(pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=p) for p in range(6))
+STATISTICS = ('min', 'max', 'current', 'mean')
+STORAGES = {
+    'Double': torch.float64,
+    'Float': torch.float32,
+    'Half': torch.float16,
+    'BFloat16': torch.bfloat16,
+    'Long': torch.int64,
+    'Int': torch.int32,
+    'Short': torch.int16,
+    'Char': torch.int8,
+    'Byte': torch.uint8,
+    'Bool': torch.bool,
+}
+# classes of Python 2, registered extensions, keyword arguments, memory from elsewhere
+REFUSED = 'INST OBJ EXT1 EXT2 EXT4 NEWOBJ_EX PERSID NEXT_BUFFER READONLY_BUFFER'
+REFUSED_CODES = [getattr(pickle, name)[0] for name in REFUSED.split()]
+
+
+class Shell:
+    """Stands for the class of a pickled object: takes its state and does nothing else."""
+
+
+def _rebuild_tensor(flat: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
+    return flat.as_strided(size, stride, offset)
+
+
+def _rebuild_subclass(rebuild: Any, kind: Any, args: Any, *_: Any) -> Tensor:
+    if rebuild is not _rebuild_tensor:
+        raise ValueError(f'a tensor made by {rebuild}')
+    return _rebuild_tensor(*args)
+
+
+def _statistic(owner: Any, name: str) -> str:
+    """Stand for ``getattr(HistoryBuffer, 'mean')``, the only getattr in a Runner's checkpoint."""
+    if owner is not HistoryBuffer or name not in STATISTICS:
+        raise ValueError(f'it refers to getattr of {owner}, {name}, which is not allowed there')
+    return name
+
+
+def _set_history(history: HistoryBuffer, state: dict[str, Any]) -> None:
+    """Set the numbers; mmengine would give the statistics in the file to all histories."""
+    HistoryBuffer.__init__(  # type: ignore[misc]
+        history, state['_log_history'], state['_count_history'], state['max_length']
+    )
+
+
+def _set_attributes(instance: Any, state: dict[str, Any]) -> None:
+    vars(instance).update(state)
+
+
+# What files may refer to. Beside the weights mmengine's Runner puts the history of logged numbers
+# and the state of schedulers, the official code its command line.
+KNOWN: dict[str, Any] = {
+    '_codecs.encode': lambda text, *_: text.encode('latin1'),  # bytes before protocol 3
+    'argparse.Namespace': argparse.Namespace,
+    'builtins.getattr': _statistic,
+    'builtins.set': set,
+    'builtins.tuple': tuple,
+    'collections.Counter': Counter,
+    'collections.OrderedDict': OrderedDict,
+    'mmengine.logging.history_buffer.HistoryBuffer': HistoryBuffer,
+    **{f'mmengine.logging.history_buffer.HistoryBuffer.{name}': name for name in STATISTICS},
+    'numpy.core.multiarray._reconstruct': lambda *_: np.ndarray(0),
+    'numpy.core.multiarray.scalar': lambda dtype, data: np.frombuffer(data, dtype)[0],
+    'numpy.core.numeric._frombuffer': lambda data, dtype, shape, order: np.frombuffer(
+        data, dtype
+    ).reshape(shape, order=order),
+    'numpy.dtype': lambda kind, *_: np.dtype(kind, copy=True),  # its state is set: no shared one
+    'numpy.ndarray': 'ndarray',  # named to _reconstruct, never called
+    'torch.Size': tuple,
+    'torch.device': torch.device,
+    'torch._tensor._rebuild_from_type_v2': _rebuild_subclass,
+    'torch._utils._rebuild_parameter': lambda data, *_: data,
+    'torch._utils._rebuild_parameter_with_state': lambda data, *_: data,
+    'torch._utils._rebuild_tensor': _rebuild_tensor,
+    'torch._utils._rebuild_tensor_v2': _rebuild_tensor,
+    **{str(dtype): dtype for dtype in STORAGES.values()},
+    **{f'torch.{name}Storage': dtype for name, dtype in STORAGES.items()},
+    **{f'torch.cuda.{name}Storage': dtype for name, dtype in STORAGES.items()},
+}
+SETTERS: dict[type, Callable[[Any, Any], None]] = {
+    Shell: _set_attributes,
+    argparse.Namespace: _set_attributes,
+    HistoryBuffer: _set_history,
+    OrderedDict: lambda *_: None,  # torch notes versions of layers there
+    np.ndarray: np.ndarray.__setstate__,
+    np.dtype: np.dtype.__setstate__,  # type: ignore[attr-defined]
+}
+
+
+class PlainUnpickler(pickle._Unpickler):
+    """Reads one pickle after the other from a file.
+
+    Args:
+        file: Where to read.
+        known: Stand-ins for names that may occur beside ``KNOWN``.
+
+    Attributes:
+        storages: Memory of torch's tensors, by key; filled by others afterwards.
+    """
+
+    stack: list[Any]
+
+    def __init__(self, file: BinaryIO, known: Mapping[str, Any] | None = None) -> None:
+        super().__init__(file, encoding='utf-8')  # type: ignore[arg-type]
+        self.known = KNOWN | dict(known or {})
+        self.storages: dict[str, Tensor] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Look a name up; nothing is imported."""
+        module = module.replace('__builtin__', 'builtins').replace('numpy._core', 'numpy.core')
+        if f'{module}.{name}' not in self.known:
+            raise ValueError(f'it refers to {module}.{name}, which is not allowed there')
+        return self.known[f'{module}.{name}']
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Return the memory ('storage', dtype, key, device, length), or a module's class."""
+        if pid[0] == 'module':
+            return pid[1]
+        _, dtype, key, _, length, *view = pid
+        if key not in self.storages:
+            self.storages[key] = torch.empty(length, dtype=dtype)
+        flat = self.storages[key]
+        if any(view) or (flat.dtype, len(flat)) != (dtype, length):
+            raise ValueError('it has tensors that share memory in a way that is not read here')
+        return flat
+
+    def load_reduce(self) -> None:
+        """Call a function of the table."""
+        self._check_known(self.stack[-2])
+        super().load_reduce()  # type: ignore[misc]
+
+    def load_newobj(self) -> None:
+        """Make an object of a class of the table."""
+        self._check_known(self.stack[-2])
+        super().load_newobj()  # type: ignore[misc]
+
+    def load_build(self) -> None:
+        """Set the state of an object whose class has a setter, never of a class or function."""
+        state = self.stack.pop()
+        instance = self.stack[-1]
+        for kind, set_state in SETTERS.items():
+            if isinstance(instance, kind):
+                return set_state(instance, state)
+        raise ValueError(f'it sets the state of {instance!r}, which is not allowed there')
+
+    def _check_known(self, function: Any) -> None:
+        if not any(function is value for value in self.known.values()):
+            raise ValueError(f'it calls {function!r}, which is not allowed there')
+
+    def _refuse(self) -> None:
+        raise ValueError('it has instructions that plain data do not need')
+
+    dispatch = (
+        dict.fromkeys(range(256), _refuse)
+        | pickle._Unpickler.dispatch
+        | dict.fromkeys(REFUSED_CODES, _refuse)
+        | {
+            pickle.REDUCE[0]: load_reduce,
+            pickle.NEWOBJ[0]: load_newobj,
+            pickle.BUILD[0]: load_build,
+        }
+    )
+
+
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Name the file in whatever its bytes raise."""
+    try:
+        yield
+    except OSError:
+        raise
+    except (EOFError, zipfile.BadZipFile) as error:
+        reason = f'it is not complete: download it again ({error})'
+        raise ValueError(f'{path} was refused, nothing in it was executed: {reason}') from error
+    except Exception as error:
+        raise ValueError(f'{path} was refused, nothing in it was executed: {error}') from error
+
+
+def read_plain_pickle(path: Path, known: Mapping[str, Any] | None = None) -> Any:
+    """Read what ``torch.save`` wrote, onto the CPU, without executing anything in it.
+
+    Args:
+        path: The file.
+        known: Stand-ins for names that it may refer to beside those of tensors, numpy arrays and
+            plain containers: functions are called, a class has to be ``Shell``.
+
+    Raises:
+        ValueError: If the file refers to anything else (the message names it), or is broken.
+    """
+    with refusing(path), path.open('rb') as file:
+        start = file.read(max(map(len, MAGIC)))
+        file.seek(0)
+        if start.startswith(b'PK\x03\x04'):
+            return _read_zip(file, known)
+        if start.startswith(MAGIC):
+            return _read_old_format(file, known)
+        raise ValueError('it is no file that torch.save wrote')
+
+
+def _read_zip(file: BinaryIO, known: Mapping[str, Any] | None) -> Any:
+    """Read data.pkl and a file for each storage."""
+    with zipfile.ZipFile(file) as archive:
+        root, *_ = archive.namelist()[0].split('/')
+        order = f'{root}/byteorder'
+        if order in archive.namelist() and archive.read(order).decode() != sys.byteorder:
+            raise ValueError('it was written on a machine with another order of bytes')
+        unpickler = PlainUnpickler(BytesIO(archive.read(f'{root}/data.pkl')), known)
+        content = unpickler.load()
+        for key, flat in unpickler.storages.items():
+            with archive.open(f'{root}/data/{key}') as data:
+                _fill(flat, data)
+    return content
+
+
+def _read_old_format(file: BinaryIO, known: Mapping[str, Any] | None) -> Any:
+    """Read magic number, version, machine, object, keys of storages, and then their bytes."""
+    unpicklers = [PlainUnpickler(file, known) for _ in range(5)]
+    *_, content, keys = [unpickler.load() for unpickler in unpicklers]
+    storages = unpicklers[3].storages
+    if set(keys) != storages.keys():
+        raise ValueError('it has tensors without data or data without tensors')
+    for key in keys:
+        if int.from_bytes(file.read(8), 'little') != len(storages[key]):
+            raise EOFError('another length')
+        _fill(storages[key], file)
+    return content
+
+
+def _fill(flat: Tensor, file: Any) -> None:
+    if file.readinto(flat.view(torch.uint8).numpy()) != flat.nbytes:
+        raise EOFError('too few bytes')

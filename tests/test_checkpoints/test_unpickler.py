@@ -1,0 +1,173 @@
+"""Pickles are read as plain data, whatever their format and protocol, or refused."""
+
+import argparse
+import os
+import pickle
+import tarfile
+import zipfile
+from collections import Counter, OrderedDict
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from mmengine.logging import HistoryBuffer
+
+from cae_mm.checkpoints.unpickler import REFUSED, PlainUnpickler, Shell, read_plain_pickle
+
+PROTOCOLS = range(6)
+
+
+class Call:
+    """Pickles as a call of ``function``."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def read(data):
+    return PlainUnpickler(BytesIO(data), {'test.Shell': Shell}).load()
+
+
+@pytest.mark.parametrize('protocol', PROTOCOLS)
+def test_containers_and_arrays(protocol):
+    content = {
+        'text': 'ä',
+        'numbers': [1, -(2**40), 2.5, True, None],
+        'bytes': (b'\xff', b'x' * 300),
+        'containers': [OrderedDict(a=1), Counter('aab'), {1, 2}],
+        'arrays': [np.arange(6.0).reshape(2, 3).T, np.arange(3, dtype='>i2'), np.array(['text'])],
+        'scalar': np.float32(2.5),
+    }
+    actual = read(pickle.dumps(content, protocol=protocol))
+    for a, b in zip(actual.pop('arrays'), content.pop('arrays'), strict=True):
+        assert np.array_equal(a, b)
+    assert actual == content
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+@pytest.mark.parametrize('protocol', PROTOCOLS[1:])  # torch's storages need a binary one
+def test_tensors(tmp_path, protocol, zipped):
+    base = torch.arange(12.0)
+    content = {str(d): torch.tensor([1, 0], dtype=d) for d in (torch.half, torch.bool, torch.long)}
+    content |= {
+        'brain': torch.tensor([1.5], dtype=torch.bfloat16),
+        'view': base.view(3, 4).T[1:],
+        'same': base[3:5],
+        'scalar': torch.tensor(2.0),
+        'empty': torch.zeros(0, 3),
+        'parameter': torch.nn.Parameter(torch.ones(2)),
+        'size': torch.Size([1, 2]),
+        'device': torch.device('cpu'),
+        'dtype': torch.float32,
+    }
+    path = tmp_path / 'a.pth'
+    options = dict(_use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
+    torch.save(content, path, **options)
+    actual = read_plain_pickle(path)
+    assert actual.keys() == content.keys()
+    for key, value in content.items():
+        assert torch.equal(actual[key], value) if torch.is_tensor(value) else actual[key] == value
+    assert (
+        actual['view'].untyped_storage().data_ptr() == actual['same'].untyped_storage().data_ptr()
+    )
+
+
+@pytest.mark.parametrize('protocol', PROTOCOLS)
+def test_calls_are_refused_in_all_protocols(tmp_path, protocol):
+    data = pickle.dumps({'a': [Call(os.mkdir, str(tmp_path / 'executed'))]}, protocol=protocol)
+    with pytest.raises(ValueError, match='it refers to .*mkdir, which is not allowed there'):
+        read(data)
+    assert not (tmp_path / 'executed').exists()
+
+
+HISTORY = b'cmmengine.logging.history_buffer\nHistoryBuffer\n'
+
+
+@pytest.mark.parametrize(
+    'function',
+    [
+        HISTORY,
+        b'cargparse\nNamespace\n',
+        b'ctest\nShell\n',
+        b'ctorch._utils\n_rebuild_tensor_v2\n',
+        b'ccollections\nCounter\n',
+        b'(l',
+    ],
+)
+@pytest.mark.parametrize('state', [b"}S'update'\nK\x01s", b"(N}S'update'\nK\x01st"])
+def test_only_new_objects_take_a_state(function, state):
+    """Else a file could change a class, and with it this process."""
+    before = [dict(vars(kind)) for kind in (HistoryBuffer, argparse.Namespace, Shell)]
+    with pytest.raises(ValueError, match='it sets the state of .* not allowed there'):
+        read(function + state + b'b.')
+    assert [dict(vars(kind)) for kind in (HistoryBuffer, argparse.Namespace, Shell)] == before
+
+
+def test_the_state_of_a_number_type_stays_with_the_file():
+    data = b"cnumpy\ndtype\n(S'f8'\nI00\nI00\ntR(K\x03S'>'\nNNNI-1\nI-1\nK\x00tb."
+    assert read(data) == np.dtype('>f8') and np.dtype('f8') == np.dtype('<f8')
+
+
+@pytest.mark.parametrize(
+    'data',
+    [
+        b'K\x01)R.',  # a number
+        b"S'a'\n)R.",  # text
+        b'}cbuiltins\nset\n)R)R.',  # what a call returned
+        b'K\x01)\x81.',
+    ],
+)
+def test_only_the_table_is_called(data):
+    with pytest.raises(ValueError, match='it calls .* not allowed there'):
+        read(data)
+
+
+@pytest.mark.parametrize('name', REFUSED.split())
+def test_other_instructions_are_refused(name):
+    with pytest.raises(ValueError, match='instructions that plain data do not need'):
+        read(b'(' + getattr(pickle, name) + b'os\nsystem\n.')
+
+
+def test_getattr_has_no_use(tmp_path):
+    for args in [(HistoryBuffer, 'update'), (HistoryBuffer, '__init__'), (OrderedDict, 'min')]:
+        torch.save(dict(state_dict={}, other=Call(getattr, *args)), tmp_path / 'a.pth')
+        with pytest.raises(ValueError, match='a.pth was refused, .* executed: .*getattr of'):
+            read_plain_pickle(tmp_path / 'a.pth')
+
+
+def test_subclasses_of_tensors_are_read_as_tensors(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.note = 'x'
+    torch.save({'a': weight}, tmp_path / 'a.pth')
+    assert read_plain_pickle(tmp_path / 'a.pth')['a'].tolist() == [1, 1]
+
+
+def test_other_archives_are_refused(tmp_path):
+    path = tmp_path / 'a.pth'
+    with zipfile.ZipFile(
+        path, 'w'
+    ) as archive:  # torch.load takes this for TorchScript, and runs it
+        archive.writestr('a/constants.pkl', pickle.dumps(()))
+        archive.writestr('a/data.pkl', b'c__torch__\nModule\n)\x81.')
+    with pytest.raises(ValueError, match='it refers to __torch__'):
+        read_plain_pickle(path)
+    (tmp_path / 'pickle').write_bytes(pickle.dumps(1))
+    with tarfile.open(path, 'w') as archive:  # torch's oldest format
+        archive.add(tmp_path / 'pickle', 'pickle')
+    with pytest.raises(ValueError, match='it is no file that torch.save wrote'):
+        read_plain_pickle(path)
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_incomplete_files_say_so(tmp_path, zipped):
+    path = tmp_path / 'a.pth'
+    torch.save({'a': torch.ones(1000)}, path, _use_new_zipfile_serialization=zipped)
+    data = path.read_bytes()
+    for length in (len(data) // 2, len(data) - 2):
+        path.write_bytes(data[:length])
+        with pytest.raises(ValueError, match='a.pth was refused, .*it is not complete'):
+            read_plain_pickle(path)
