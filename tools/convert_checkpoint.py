@@ -17,7 +17,7 @@ from cae_mm.conversion.sources import SOURCES
 
 def print_report(result: Conversion, console: Console) -> None:
     """Print what became of each key, the sizes, and what was assumed."""
-    table = Table(title=f'{result.metadata["source"]} -> {result.path}')
+    table = Table(title=f'{result.source} -> {result.path}')
     for column in ('theirs', 'ours', 'keys', 'note'):
         table.add_column(column, overflow='fold')
     for row in result.rows:

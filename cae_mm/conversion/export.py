@@ -15,10 +15,11 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from cae_mm.checkpoints.files import read_metadata, read_state_dict
-from cae_mm.checkpoints.pretrained import find_file, name_some
-from cae_mm.conversion.convert import PARTS, build_encoder, fixed_tensors, grid_from, translate
-from cae_mm.conversion.rules import Row, Rule, Translation, count_blocks, to_theirs
+from cae_mm.checkpoints import Checkpoint, EncoderDescription, read_checkpoint
+from cae_mm.checkpoints.pretrained import find_file
+from cae_mm.conversion.convert import PARTS, translate
+from cae_mm.conversion.rules import Row, Rule, Translation, to_theirs
+from cae_mm.conversion.sizes import OUR_HEADS, describe_weights, fixed_tensors, resolve_heads
 from cae_mm.conversion.sources import (
     HUGGINGFACE,
     INDEX,
@@ -28,8 +29,8 @@ from cae_mm.conversion.sources import (
     TABLE,
     TIMM,
 )
-from cae_mm.models.vit import ARCHS
-from cae_mm.patches import to_pair
+from cae_mm.models import build_encoder
+from cae_mm.patches import grid_of, to_pair
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}  # of the largest value
 
@@ -62,8 +63,8 @@ class Target:
         rules: Its table.
         parts: What of our model it has a place for.
         needs_norm: Whether its network always has a final norm.
-        build: Makes the network from sizes, pooling and number of classes (0 without).
-        features: Its tokens, or their pooled mean, for images.
+        build: Makes the network from our description and the number of classes (0 without).
+        features: Its tokens, or (last argument) their pooled mean, for images.
         write: Writes weights and network to a path, and says how they are loaded.
         suffix: Of the file; '' for a folder.
     """
@@ -71,7 +72,7 @@ class Target:
     rules: list[Rule]
     parts: tuple[str, ...]
     needs_norm: bool
-    build: Callable[[dict[str, Any], int], nn.Module]
+    build: Callable[[EncoderDescription, int], nn.Module]
     features: Callable[[nn.Module, Tensor, bool], Tensor]
     write: Callable[[nn.Module, Path], str]
     suffix: str
@@ -95,16 +96,16 @@ def export_checkpoint(
         out: File or folder to write; the name gets '_encoder' or '_full'.
         target: 'mmpretrain', 'timm', 'huggingface' or 'official'.
         part: 'encoder', or 'full' for all that the target has a place for (the default).
-        num_heads: Heads of the encoder, where the file does not tell; default as in ``ARCHS``.
-        img_size: Size of the images, where the file does not tell; default 224.
+        num_heads: Heads of the encoder, if the file does not tell; default as in ``ARCHS``.
+        img_size: Size of the images, if the file does not tell; default 224.
         pooled: Whether the final norm belongs to the mean of the patch tokens (fine-tuning) or to
-            each token (pretraining), where the file does not tell; by default the first if there
+            each token (pretraining), if the file does not tell; by default the first if there
             are relative position tables.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ImportError: If the target's package is not installed.
-        ValueError: If the weights have no exact place there.
+        ValueError: If the weights have no exact place there, or an option contradicts the file.
         RuntimeError: If the other network gives other features.
     """
     if target not in (*TARGETS, 'official'):
@@ -112,77 +113,80 @@ def export_checkpoint(
     if part not in (None, *PARTS):
         raise ValueError(f"Unknown part '{part}': choose one of {PARTS}")
     path = find_file(source_path, 'export')
-    state = read_state_dict(path)
-    metadata = read_metadata(path)
+    file = read_checkpoint(path)
     remarks: list[str] = []
-    if 'encoder' not in metadata:
-        metadata = describe(state, path, num_heads, img_size, pooled, remarks)
-    parts = ('backbone',) if part == 'encoder' else _parts_for(target, state)
-    state, rows = _select(state, parts)
-    if target == 'official':
-        return _export_official(state, metadata, Path(out), path, rows, remarks)
-    return _export_to_network(TARGETS[target], state, metadata, Path(out), path, rows, remarks)
+    size = None if img_size is None else to_pair(img_size)
+    if file.description is None:
+        description = _assume(file, num_heads, size, pooled, remarks)
+    else:
+        description = file.description
+        _check_options(description, path, num_heads=num_heads, img_size=size, pooled_norm=pooled)
+    state, rows = _select(file.state, ('backbone',) if part == 'encoder' else _parts(target, file))
+    try:
+        if target == 'official':
+            result = _to_official(state, description)
+            place = _name(Path(out), path, state, '.pth')
+            torch.save({'model': result.state}, place)
+            usage = f'--finetune {place}, --model_key model (official run_class_finetuning.py)'
+            return Export(place, result.rows + rows, remarks, {}, usage)
+        there = TARGETS[target]
+        network, result, errors = _to_network(there, state, description)
+    except ValueError as error:
+        raise ValueError(f'{path} cannot be exported to {target}: {error}') from error
+    place = _name(Path(out), path, state, there.suffix)
+    return Export(place, result.rows + rows, remarks, errors, there.write(network, place))
 
 
-def describe(
-    state: dict[str, Tensor],
-    path: Path,
+def _assume(
+    file: Checkpoint,
     num_heads: int | None,
-    img_size: int | tuple[int, int] | None,
+    img_size: tuple[int, int] | None,
     pooled: bool | None,
     remarks: list[str],
-) -> dict[str, Any]:
-    """Make the metadata of a file that has none; adds remarks on what is assumed.
+) -> EncoderDescription:
+    """Describe the encoder of a file that does not; adds remarks on what is assumed.
 
     Raises:
         ValueError: If the file has no encoder, or its number of heads cannot be told.
     """
-    try:
-        width = state['backbone.cls_token'].shape[-1]
-        patch = state['backbone.patch_embed.proj.weight']
-        hidden = len(state['backbone.blocks.0.mlp.fc1.weight'])
-    except KeyError as error:
-        raise ValueError(
-            f'{path} is no checkpoint of this project: it has no {error}. Weights of others are '
-            'brought in with tools/convert_checkpoint.py'
-        ) from error
-    tables = [v for k, v in state.items() if k.endswith(TABLE)]
-    published = {arch['embed_dims']: arch['num_heads'] for arch in ARCHS.values()}
-    heads = tables[0].shape[1] if tables else num_heads or published.get(width)
-    if heads is None:
-        raise ValueError(f'{path} does not tell the number of heads: give --num-heads')
-    if not tables and num_heads is None:
-        remarks.append(f'{heads} heads assumed for width {width}: --num-heads')
+    tables = any(key.endswith(TABLE) for key in file.state)
     if img_size is None:
         remarks.append('pictures of 224x224 pixels assumed: --img-size')
     if pooled is None:
-        pooled = bool(tables)
-        how = 'the mean of the patch tokens' if pooled else 'each token'
+        how = 'the mean of the patch tokens' if tables else 'each token'
         remarks.append(f'the final norm is assumed to be applied to {how}: --pool')
-    size = list(to_pair(img_size or 224))
-    encoder = {
-        'embed_dims': width,
-        'depth': count_blocks(state),
-        'num_heads': heads,
-        'mlp_ratio': hidden / width,
-        'patch_size': patch.shape[-1],
-        'in_channels': patch.shape[1],
-        'img_size': size,
-        'pretrain_img_size': size,
-        'use_rel_pos_bias': bool(tables),
-        'final_norm': 'backbone.norm.weight' in state,
-        'pooled_norm': pooled,
-    }
-    metadata: dict[str, Any] = {'encoder': encoder}
-    if 'neck.mask_token' in state:
-        metadata['neck'] = {'embed_dims': state['neck.mask_token'].shape[-1]}
-    return metadata
+    try:
+        heads = resolve_heads(file.state, num_heads, OUR_HEADS, remarks)
+        patch_size = file.state['backbone.patch_embed.proj.weight'].shape[-1]
+        grid = grid_of(img_size or (224, 224), patch_size)
+        return describe_weights(
+            file.state,
+            num_heads=heads,
+            grid=grid,
+            pretrain_grid=grid,
+            pooled_norm=tables if pooled is None else pooled,
+        )
+    except KeyError as error:
+        raise ValueError(
+            f'{file.path} is no checkpoint of this project: it has no {error}. Weights of others '
+            'are brought in with tools/convert_checkpoint.py'
+        ) from error
+    except ValueError as error:
+        raise ValueError(f'{file.path} cannot be exported: {error}') from error
 
 
-def _parts_for(target: str, state: dict[str, Tensor]) -> tuple[str, ...]:
+def _check_options(description: EncoderDescription, path: Path, **options: Any) -> None:
+    """Refuse options that contradict the file."""
+    for name, given in options.items():
+        told = getattr(description, name)
+        if given not in (None, told):
+            raise ValueError(f'{path} tells {name}={told}, not {given}: leave the option out')
+
+
+def _parts(target: str, file: Checkpoint) -> tuple[str, ...]:
     if target != 'official':
         return TARGETS[target].parts
-    return ('backbone', 'neck') if 'neck.mask_token' in state else ('backbone', 'head')
+    return ('backbone', 'neck') if 'neck.mask_token' in file.state else ('backbone', 'head')
 
 
 def _select(
@@ -191,9 +195,8 @@ def _select(
     """Keep ``parts``, and make a row of the report for each other one."""
     kept = {k: v for k, v in state.items() if k.split('.')[0] in parts}
     left = [k.split('.')[0] for k in state if k not in kept]
-    reason = 'not exported'
     return kept, [
-        Row('(left out)', f'{name}.{{rest}}', left.count(name), reason)
+        Row('(left out)', f'{name}.{{rest}}', left.count(name), 'not exported')
         for name in dict.fromkeys(left)
     ]
 
@@ -207,55 +210,37 @@ def _name(out: Path, source: Path, state: dict[str, Tensor], suffix: str) -> Pat
     stem = out.name.removesuffix(suffix) if suffix else out.name
     if not stem.endswith(f'_{part}'):
         stem += f'_{part}'
+    out.parent.mkdir(parents=True, exist_ok=True)
     return out.with_name(stem + suffix)
 
 
-def _to_theirs(
-    state: dict[str, Tensor], rules: list[Rule], metadata: dict[str, Any], path: Path
-) -> Translation:
-    result = to_theirs(state, rules, fixed_tensors(metadata), metadata['encoder']['pooled_norm'])
-    if result.unknown:
-        raise ValueError(f'{path}: no rule knows {name_some(result.unknown)}')
-    return result
-
-
-def _export_to_network(
-    target: Target,
-    state: dict[str, Tensor],
-    metadata: dict[str, Any],
-    out: Path,
-    path: Path,
-    rows: list[Row],
-    remarks: list[str],
-) -> Export:
-    """Fill the other project's network, compare features, write it."""
-    sizes = metadata['encoder']
-    if target.needs_norm and not sizes['final_norm']:
+def _to_network(
+    target: Target, state: dict[str, Tensor], description: EncoderDescription
+) -> tuple[nn.Module, Translation, dict[torch.dtype, float]]:
+    """Fill the other project's network and compare features."""
+    if target.needs_norm and not description.final_norm:
         raise ValueError(
-            f'{path} has no final norm (it is of dense prediction), the network there always does'
+            'it has no final norm (it is of dense prediction), the network there always does'
         )
     classes = len(state['head.fc.weight']) if 'head.fc.weight' in state else 0
-    network = target.build(sizes, classes).eval()
-    result = _to_theirs(state, target.rules, metadata, path)
+    network = target.build(description, classes).eval()
+    result = to_theirs(state, target.rules, fixed_tensors(description), description.pooled_norm)
     theirs = network.state_dict()
     # the index of relative positions is stored by some versions only
     weights = {k: v for k, v in result.state.items() if k in theirs or not k.endswith(INDEX)}
     network.load_state_dict(weights)
-    ours = build_encoder(sizes, out_type='avg_featmap' if sizes['pooled_norm'] else 'raw').eval()
+    ours = build_encoder(description).eval()
     ours.load_state_dict(
         {k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')}
     )
-    errors = compare_features(ours, network, target, sizes)
+    errors = compare_features(ours, network, target, description)
     network.float().load_state_dict(weights)  # undo the rounding of the comparison
-    place = _name(out, path, state, target.suffix)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    usage = target.write(network, place)
-    return Export(place, result.rows + rows, remarks, errors, usage)
+    return network, result, errors
 
 
 @torch.no_grad()
 def compare_features(
-    ours: nn.Module, theirs: nn.Module, target: Target, sizes: dict[str, Any]
+    ours: nn.Module, theirs: nn.Module, target: Target, description: EncoderDescription
 ) -> dict[torch.dtype, float]:
     """Compare both networks on a seeded random image, in float64 and float32.
 
@@ -266,13 +251,13 @@ def compare_features(
         RuntimeError: If it is above ``TOLERANCES``.
     """
     generator = torch.Generator().manual_seed(0)
-    shape = (1, sizes['in_channels'], *sizes['img_size'])
+    shape = (1, description.in_channels, *description.img_size)
     images = torch.randn(shape, generator=generator, dtype=torch.float64)
     errors = {}
     for dtype, tolerance in TOLERANCES.items():
-        want = ours.to(dtype)(images.to(dtype))[0]
-        have = target.features(theirs.to(dtype), images.to(dtype), sizes['pooled_norm'])
-        errors[dtype] = ((have - want).abs().max() / want.abs().max()).item()
+        expected = ours.to(dtype)(images.to(dtype))[0]
+        actual = target.features(theirs.to(dtype), images.to(dtype), description.pooled_norm)
+        errors[dtype] = ((actual - expected).abs().max() / expected.abs().max()).item()
         if not errors[dtype] <= tolerance:
             raise RuntimeError(
                 f'the exported network gives other features in {dtype}: they differ by '
@@ -283,29 +268,23 @@ def compare_features(
     return errors
 
 
-def _export_official(
-    state: dict[str, Tensor],
-    metadata: dict[str, Any],
-    out: Path,
-    path: Path,
-    rows: list[Row],
-    remarks: list[str],
-) -> Export:
-    """Write the official names, after checking that the way back gives the same weights."""
-    sizes = metadata['encoder']
-    finetuned = 'head.fc.weight' in state or sizes['pooled_norm']
-    rules = OFFICIAL_FINETUNED if finetuned else OFFICIAL
-    result = _to_theirs(state, rules, metadata, path)
-    if 'neck.mask_token' not in state and not finetuned:
+def _to_official(state: dict[str, Tensor], description: EncoderDescription) -> Translation:
+    """Give weights the official names, and check that the way back gives the same."""
+    has_neck = 'neck.mask_token' in state
+    finetuned = 'head.fc.weight' in state or description.pooled_norm
+    neck_width = state['neck.mask_token'].shape[-1] if has_neck else None
+    result = to_theirs(
+        state,
+        OFFICIAL_FINETUNED if finetuned else OFFICIAL,
+        fixed_tensors(description, neck_width),
+        description.pooled_norm,
+    )
+    if not has_neck and not finetuned:
         result.state = {k: v for k, v in result.state.items() if k.startswith('encoder.')}
-    back, *_ = translate(result.state, 'official', path, num_heads=sizes['num_heads'])
+    back = translate(result.state, 'official', num_heads=description.num_heads).state
     if back.keys() != state.keys() or any(not torch.equal(back[k], state[k]) for k in state):
-        raise RuntimeError(f'{path}: the way back from official names gives other weights')
-    place = _name(out, path, state, '.pth')
-    place.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({'model': result.state}, place)
-    usage = f'--finetune {place}, --model_key model (official run_class_finetuning.py)'
-    return Export(place, result.rows + rows, remarks, {}, usage)
+        raise RuntimeError('the way back from official names gives other weights')
+    return result
 
 
 def _require(package: str) -> ModuleType:
@@ -318,35 +297,31 @@ def _require(package: str) -> ModuleType:
         ) from error
 
 
-def _mmpretrain_config(sizes: dict[str, Any]) -> dict[str, Any]:
-    return dict(
+def _build_mmpretrain(d: EncoderDescription, classes: int) -> nn.Module:
+    importlib.import_module('mmpretrain.models')
+    config = dict(
         type='mmpretrain.BEiTViT',
         arch=dict(
-            embed_dims=sizes['embed_dims'],
-            num_layers=sizes['depth'],
-            num_heads=sizes['num_heads'],
-            feedforward_channels=int(sizes['embed_dims'] * sizes['mlp_ratio']),
+            embed_dims=d.embed_dims,
+            num_layers=d.depth,
+            num_heads=d.num_heads,
+            feedforward_channels=int(d.embed_dims * d.mlp_ratio),
         ),
-        img_size=tuple(sizes['img_size']),
-        patch_size=sizes['patch_size'],
-        in_channels=sizes['in_channels'],
+        img_size=d.img_size,
+        patch_size=d.patch_size,
+        in_channels=d.in_channels,
         norm_cfg=dict(type='LN', eps=1e-6),
-        final_norm=sizes['final_norm'] and not sizes['pooled_norm'],
-        out_type='avg_featmap' if sizes['pooled_norm'] else 'raw',
+        final_norm=d.final_norm and not d.pooled_norm,
+        out_type='avg_featmap' if d.pooled_norm else 'raw',
         use_abs_pos_emb=True,
-        use_rel_pos_bias=sizes['use_rel_pos_bias'],
+        use_rel_pos_bias=d.use_rel_pos_bias,
     )
-
-
-def _build_mmpretrain(sizes: dict[str, Any], classes: int) -> nn.Module:
-    importlib.import_module('mmpretrain.models')
-    config = _mmpretrain_config(sizes)
     network: Any = nn.Module()
     network.config = config
     network.backbone = MODELS.build(config)
     if classes:
         network.head = nn.Module()
-        network.head.fc = nn.Linear(sizes['embed_dims'], classes)
+        network.head.fc = nn.Linear(d.embed_dims, classes)
     return network
 
 
@@ -360,21 +335,21 @@ def _write_mmpretrain(network: Any, place: Path) -> str:
     return f'backbone={network.config | dict(init_cfg=init_cfg)}'
 
 
-def _build_timm(sizes: dict[str, Any], classes: int) -> nn.Module:
+def _build_timm(d: EncoderDescription, classes: int) -> nn.Module:
     return _require('timm').create_model(
         'beit_base_patch16_224',  # the class is Beit; all of its sizes are given below
         pretrained=False,
-        img_size=tuple(sizes['img_size']),
-        patch_size=sizes['patch_size'],
-        in_chans=sizes['in_channels'],
-        embed_dim=sizes['embed_dims'],
-        depth=sizes['depth'],
-        num_heads=sizes['num_heads'],
-        mlp_ratio=sizes['mlp_ratio'],
+        img_size=d.img_size,
+        patch_size=d.patch_size,
+        in_chans=d.in_channels,
+        embed_dim=d.embed_dims,
+        depth=d.depth,
+        num_heads=d.num_heads,
+        mlp_ratio=d.mlp_ratio,
         init_values=0.1,
         use_abs_pos_emb=True,
-        use_rel_pos_bias=sizes['use_rel_pos_bias'],
-        global_pool='avg' if sizes['pooled_norm'] else 'token',
+        use_rel_pos_bias=d.use_rel_pos_bias,
+        global_pool='avg' if d.pooled_norm else 'token',
         num_classes=classes,
     )
 
@@ -390,24 +365,23 @@ def _write_timm(network: Any, place: Path) -> str:
     return f"timm.create_model('local-dir:{place}', pretrained=True)"
 
 
-def _build_huggingface(sizes: dict[str, Any], classes: int) -> nn.Module:
-    height, width = grid_from(sizes)
-    if height != width:
+def _build_huggingface(d: EncoderDescription, classes: int) -> nn.Module:
+    if d.img_size[0] != d.img_size[1]:
         raise ValueError("Hugging Face's BeitModel takes square images only")
     transformers = _require('transformers')
     config = transformers.BeitConfig(
-        hidden_size=sizes['embed_dims'],
-        num_hidden_layers=sizes['depth'],
-        num_attention_heads=sizes['num_heads'],
-        intermediate_size=int(sizes['embed_dims'] * sizes['mlp_ratio']),
-        image_size=sizes['img_size'][0],
-        patch_size=sizes['patch_size'],
-        num_channels=sizes['in_channels'],
+        hidden_size=d.embed_dims,
+        num_hidden_layers=d.depth,
+        num_attention_heads=d.num_heads,
+        intermediate_size=int(d.embed_dims * d.mlp_ratio),
+        image_size=d.img_size[0],
+        patch_size=d.patch_size,
+        num_channels=d.in_channels,
         layer_norm_eps=1e-6,
         layer_scale_init_value=0.1,
         use_absolute_position_embeddings=True,
-        use_relative_position_bias=sizes['use_rel_pos_bias'],
-        use_mean_pooling=sizes['pooled_norm'],
+        use_relative_position_bias=d.use_rel_pos_bias,
+        use_mean_pooling=d.pooled_norm,
     )
     return transformers.BeitModel(config)
 

@@ -5,72 +5,55 @@ anything. What a table of rules does not name is an error, in either direction.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from cae_mm.checkpoints.pretrained import name_some
 
 _PLACEHOLDERS = {'i': r'(?P<i>\d+)', 'p': r'(?P<p>weight|bias)', 'rest': r'(?P<rest>.+)'}
 
 
 @dataclass(frozen=True)
-class Move:
-    """One or more tensors of theirs, one after the other along the first axis, are one of ours.
+class Rule:
+    """What becomes of some keys; the subclass says which of five things.
 
     Attributes:
-        theirs: Templates with the same placeholders as ``ours``.
-        ours: Template.
+        theirs: Template, or several joined by ' + ' whose tensors follow one another along the
+            first axis of ours.
+        ours: Template with the same placeholders.
+        note: For the report.
         pooled: For the final norm, which has two names in most projects: True where it is applied
             to the mean of the patch tokens, False where to each token. None for all other keys.
     """
 
-    theirs: tuple[str, ...]
-    ours: str
+    theirs: str
+    ours: str = ''
+    note: str = ''
     pooled: bool | None = None
 
 
-@dataclass(frozen=True)
-class Same:
-    """A duplicate: the tensor of theirs must equal one of ours."""
-
-    theirs: str
-    ours: str
-    reason: str
+class Move(Rule):
+    """Their tensor is ours, under another name."""
 
 
-@dataclass(frozen=True)
-class Shared:
+class Same(Rule):
+    """A duplicate: their tensor must equal one of ours."""
+
+
+class Shared(Rule):
     """One tensor of theirs stands for all of ours; only read, we write them one by one."""
 
-    theirs: str
-    ours: str
+
+class Fixed(Rule):
+    """A tensor that we compute, 'positions' for example: theirs must equal it."""
 
 
-@dataclass(frozen=True)
-class Fixed:
-    """A tensor that we compute: theirs must equal it.
-
-    Attributes:
-        theirs: Template.
-        what: 'positions', 'neck_positions' or 'relative_position_index'.
-    """
-
-    theirs: str
-    what: str
-
-
-@dataclass(frozen=True)
-class LeaveOut:
+class LeaveOut(Rule):
     """Tensors of theirs that are not taken, and why."""
-
-    theirs: str
-    reason: str
-
-
-Rule: TypeAlias = Move | Same | Shared | Fixed | LeaveOut
 
 
 @dataclass(frozen=True)
@@ -89,10 +72,8 @@ class Translation:
 
     Attributes:
         state: The translated tensors.
-        fixed: Key of theirs -> what it must equal and its tensor, to be compared.
-        same: Key of theirs -> key of ours that must equal it and its tensor, to be compared.
-        unknown: Keys that no rule names.
-        incomplete: Keys of theirs that are missing beside others which they belong to.
+        fixed: Key of theirs -> name of what we compute and its tensor, to be compared.
+        same: Key of theirs -> our key that must equal it and its tensor, to be compared.
         pooled: Whether the final norm is that of the mean of patch tokens; None without norm.
         rows: The report.
     """
@@ -100,10 +81,16 @@ class Translation:
     state: dict[str, Tensor] = field(default_factory=dict)
     fixed: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
     same: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
-    unknown: list[str] = field(default_factory=list)
-    incomplete: list[str] = field(default_factory=list)
     pooled: bool | None = None
     rows: list[Row] = field(default_factory=list)
+
+    def report(self, rule: Rule, count: int) -> None:
+        """Add a line about ``count`` keys, if there are some."""
+        marks = {Same: f'= {rule.ours}', Fixed: '(computed)', LeaveOut: '(left out)'}
+        notes = {Shared: 'one table for all blocks', Fixed: f'fixed {rule.ours}'}
+        if count:
+            note = rule.note or notes.get(type(rule), '')
+            self.rows.append(Row(rule.theirs, marks.get(type(rule), rule.ours), count, note))
 
 
 @cache
@@ -115,67 +102,60 @@ def _regex(template: str) -> re.Pattern[str]:
 
 def match_key(template: str, key: str) -> dict[str, str] | None:
     """Return the values of the placeholders if ``key`` is of the form ``template``."""
-    found = _regex(template).fullmatch(key)
-    return found.groupdict() if found else None
-
-
-def find_rule(key: str, rules: Sequence[Rule]) -> tuple[Rule, dict[str, str]] | None:
-    """Return the first rule with a template of theirs that fits ``key``."""
-    for rule in rules:
-        for template in rule.theirs if isinstance(rule, Move) else (rule.theirs,):
-            values = match_key(template, key)
-            if values is not None:
-                return rule, values
-    return None
+    match = _regex(template).fullmatch(key)
+    return match.groupdict() if match else None
 
 
 def to_ours(state: dict[str, Tensor], rules: Sequence[Rule]) -> Translation:
-    """Translate another project's state dict; nothing is lost silently.
+    """Translate another project's state dict, each key by the first rule that names it.
 
     Raises:
-        ValueError: If two tensors of theirs are one of ours.
+        ValueError: If no rule names a key, a tensor is missing beside others that it belongs to,
+            or two tensors of theirs are one of ours.
     """
-    result = Translation()
-    counts: dict[Rule, int] = {}
-    groups: dict[str, tuple[Move, dict[str, str]]] = {}
-    for key, tensor in state.items():
-        found = find_rule(key, rules)
-        if found is None:
-            result.unknown.append(key)
-            continue
-        rule, values = found
-        counts[rule] = counts.get(rule, 0) + 1
-        if isinstance(rule, Move):
-            target = rule.ours.format(**values)
-            if groups.setdefault(target, (rule, values))[0] is not rule:
-                raise ValueError(
-                    f'{key} and {groups[target][0].theirs[0].format(**values)} would both be '
-                    f'{target}: a network with both cannot be expressed here'
-                )
-        elif isinstance(rule, Same):
-            result.same[key] = (rule.ours.format(**values), tensor)
-        elif isinstance(rule, Fixed):
-            result.fixed[key] = (rule.what, tensor)
-        elif isinstance(rule, Shared):
-            result.state[rule.ours] = tensor  # for all {i}, filled in when the depth is known
-    for target, (rule, values) in groups.items():
-        names = [template.format(**values) for template in rule.theirs]
-        missing = [name for name in names if name not in state]
-        result.incomplete += missing
-        if not missing:
-            parts = [state[name] for name in names]
-            result.state[target] = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if rule.pooled is not None:
-            result.pooled = rule.pooled
-    result.rows = [_row(rule, counts[rule]) for rule in rules if rule in counts]
+    result, left = Translation(), dict(state)
+    origins: dict[str, str] = {}
+    for rule in rules:
+        before = len(left)
+        for key, ours, tensor in _take(rule, left):
+            if isinstance(rule, (Move, Shared)):
+                if ours in origins:
+                    raise ValueError(
+                        f'{key} and {origins[ours]} would both be {ours}: a network with both '
+                        'cannot be expressed here'
+                    )
+                result.state[ours], origins[ours] = tensor, key
+            elif isinstance(rule, (Fixed, Same)):
+                (result.fixed if isinstance(rule, Fixed) else result.same)[key] = ours, tensor
+            if rule.pooled is not None:
+                result.pooled = rule.pooled
+        result.report(rule, before - len(left))
+    if left:
+        raise ValueError(f'no rule knows {name_some(list(left))}')
+    for key in [key for key in result.state if '{i}' in key]:
+        shared, depth = result.state.pop(key), count_blocks(result.state)
+        result.state |= {key.format(i=i): shared.clone() for i in range(depth)}
     return result
 
 
+def _take(rule: Rule, left: dict[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
+    """Take what a rule names out of ``left``: first key of theirs, key of ours, and tensor."""
+    templates = rule.theirs.split(' + ')
+    for key in list(left):
+        values = next((v for t in templates if (v := match_key(t, key)) is not None), None)
+        if values is None or key not in left:  # or taken together with another
+            continue
+        keys = [template.format(**values) for template in templates]
+        missing = [key for key in keys if key not in left]
+        if missing:
+            raise ValueError(f'{name_some(missing)} is missing')
+        parts = [left.pop(key) for key in keys]
+        ours = rule.ours.format_map({'i': '{i}'} | values)  # {i} alone stands for all blocks
+        yield keys[0], ours, parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def to_theirs(
-    state: dict[str, Tensor],
-    rules: Sequence[Rule],
-    fixed: dict[str, Tensor],
-    pooled: bool,
+    state: dict[str, Tensor], rules: Sequence[Rule], fixed: dict[str, Tensor], pooled: bool
 ) -> Translation:
     """Translate our state dict back.
 
@@ -184,47 +164,31 @@ def to_theirs(
         rules: The table of the other project.
         fixed: What ``Fixed`` rules write, by name; those not in it are not written.
         pooled: Which of two names the final norm gets.
+
+    Raises:
+        ValueError: If no rule names a key.
     """
-    result = Translation(pooled=pooled)
-    counts: dict[Rule, int] = {}
-    for key, tensor in state.items():
-        written = len(result.state)
-        for rule in rules:
-            if not isinstance(rule, (Move, Same)):
-                continue
-            values = match_key(rule.ours, key)
-            if values is None or getattr(rule, 'pooled', None) not in (None, pooled):
-                continue
-            counts[rule] = counts.get(rule, 0) + 1
-            templates = rule.theirs if isinstance(rule, Move) else (rule.theirs,)
-            for template, part in zip(templates, tensor.chunk(len(templates)), strict=True):
-                result.state[template.format(**values)] = part.clone()
-        if len(result.state) == written:
-            result.unknown.append(key)
-    depth = count_blocks(state)
+    result, unknown = Translation(), set(state)
     for rule in rules:
-        if isinstance(rule, Fixed) and rule.what in fixed:
-            numbers = range(depth) if '{i}' in rule.theirs else range(1)
-            for i in numbers:
-                result.state[rule.theirs.format(i=i)] = fixed[rule.what].clone()
-            counts[rule] = len(numbers)
-    result.rows = [_row(rule, counts[rule]) for rule in rules if rule in counts]
+        written = {}
+        if isinstance(rule, Fixed) and rule.ours in fixed:
+            blocks = range(count_blocks(state) if '{i}' in rule.theirs else 1)
+            written = {rule.theirs.format(i=i): fixed[rule.ours].clone() for i in blocks}
+        elif isinstance(rule, (Move, Same)) and rule.pooled in (None, pooled):
+            templates = rule.theirs.split(' + ')
+            for key, tensor in state.items():
+                if (values := match_key(rule.ours, key)) is not None:
+                    unknown.discard(key)
+                    parts = zip(templates, tensor.chunk(len(templates)), strict=True)
+                    written |= {t.format(**values): part.clone() for t, part in parts}
+        result.state |= written
+        result.report(rule, len(written))
+    if unknown:
+        raise ValueError(f'no rule knows {name_some(sorted(unknown))}')
     return result
 
 
 def count_blocks(state: dict[str, Tensor], prefix: str = 'backbone.blocks.') -> int:
     """Number of blocks with keys like ``backbone.blocks.0.norm1.weight``."""
     names = (k.removeprefix(prefix) for k in state if k.startswith(prefix))
-    return len({name.split('.')[0] for name in names} - {'{i}'})
-
-
-def _row(rule: Rule, count: int) -> Row:
-    if isinstance(rule, Move):
-        return Row(' + '.join(rule.theirs), rule.ours, count)
-    if isinstance(rule, Same):
-        return Row(rule.theirs, f'= {rule.ours}', count, rule.reason)
-    if isinstance(rule, Shared):
-        return Row(rule.theirs, rule.ours, count, 'one table for all blocks')
-    if isinstance(rule, Fixed):
-        return Row(rule.theirs, '(computed)', count, f'fixed {rule.what}')
-    return Row(rule.theirs, '(left out)', count, rule.reason)
+    return len({name.split('.')[0] for name in names})

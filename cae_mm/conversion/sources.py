@@ -32,10 +32,9 @@ ENCODER = (
     'cls_token',
     'patch_embed.proj.{p}',
     *(f'blocks.{{i}}.{name}' for name in BLOCK),
-    f'blocks.{{i}}.attn.{TABLE}',
 )
 # a self-attention block in mmpretrain
-MMPRETRAIN_BLOCK = {
+MMPRETRAIN_BLOCK = {name: name for name in BLOCK} | {
     'norm1.{p}': 'ln1.{p}',
     'norm2.{p}': 'ln2.{p}',
     'mlp.fc1.{p}': 'ffn.layers.0.0.{p}',
@@ -65,133 +64,125 @@ MMPRETRAIN_REGRESSOR_BLOCK = REGRESSOR_BLOCK | {
 }
 
 
-def _moves(names: Mapping[str, str], theirs: str, ours: str) -> list[Rule]:
-    return [Move((theirs + new,), ours + old) for old, new in names.items()]
+def _moves(names: Mapping[str, str] | Iterable[str], theirs: str, ours: str) -> list[Rule]:
+    """Put prefixes before names, given as ours -> theirs or as the same in both."""
+    pairs = names.items() if isinstance(names, Mapping) else ((name, name) for name in names)
+    return [Move(theirs + new, ours + old) for old, new in pairs]
 
 
-def _same_names(names: Iterable[str]) -> dict[str, str]:
-    return {name: name for name in names}
-
-
-def _official_encoder(prefix: str, with_index: bool = True) -> list[Rule]:
-    rules: list[Rule] = [
-        *_moves(_same_names(ENCODER), prefix, 'backbone.'),
-        Fixed(f'{prefix}pos_embed', 'positions'),
-        Shared(f'{prefix}rel_pos_bias.{TABLE}', f'backbone.blocks.{{i}}.attn.{TABLE}'),
+def _relative_positions(attention: str, shared: str) -> list[Rule]:
+    return [
+        Move(f'{attention}{TABLE}', f'backbone.blocks.{{i}}.attn.{TABLE}'),
+        Fixed(f'{attention}{INDEX}', INDEX),
+        Shared(f'{shared}{TABLE}', f'backbone.blocks.{{i}}.attn.{TABLE}'),
+        LeaveOut(f'{shared}{INDEX}', note='that of the shared table, computed'),
     ]
-    if with_index:
-        rules += [
-            Fixed(f'{prefix}blocks.{{i}}.attn.{INDEX}', INDEX),
-            LeaveOut(f'{prefix}rel_pos_bias.{INDEX}', 'that of the shared table, computed'),
-        ]
-    return rules
+
+
+def _official_encoder(prefix: str) -> list[Rule]:
+    return [
+        *_moves(ENCODER, prefix, 'backbone.'),
+        Fixed(f'{prefix}pos_embed', 'positions'),
+        *_relative_positions(f'{prefix}blocks.{{i}}.attn.', f'{prefix}rel_pos_bias.'),
+    ]
 
 
 def _norms(token: str, pooled: str) -> list[Rule]:
     return [
-        Move((token,), 'backbone.norm.{p}', pooled=False),
-        Move((pooled,), 'backbone.norm.{p}', pooled=True),
+        Move(token, 'backbone.norm.{p}', pooled=False),
+        Move(pooled, 'backbone.norm.{p}', pooled=True),
     ]
 
 
 OFFICIAL: list[Rule] = [
     *_official_encoder('encoder.'),
-    Move(('encoder.norm.{p}',), 'backbone.norm.{p}', pooled=False),
+    Move('encoder.norm.{p}', 'backbone.norm.{p}', pooled=False),
     *(
         Same(f'alignment_encoder.{name}', f'backbone.{name}', 'shares the storage of the encoder')
-        for name in (*ENCODER, 'norm.{p}')
+        for name in (*ENCODER, f'blocks.{{i}}.attn.{TABLE}', 'norm.{p}')
     ),
     Fixed('alignment_encoder.pos_embed', 'positions'),
-    Move(('mask_token',), 'neck.mask_token'),
-    Move(('encoder_to_regresser.{p}',), 'neck.projection.0.{p}'),
-    Move(('encoder_to_regresser_norm.{p}',), 'neck.projection.1.{p}'),
+    Move('mask_token', 'neck.mask_token'),
+    Move('encoder_to_regresser.{p}', 'neck.projection.0.{p}'),
+    Move('encoder_to_regresser_norm.{p}', 'neck.projection.1.{p}'),
     Fixed('rd_pos_embed', 'neck_positions'),
     *_moves(OFFICIAL_REGRESSOR_BLOCK, 'regresser.regressor_blocks.{i}.', 'neck.regressor.{i}.'),
-    Move(('regresser.norm.{p}',), 'neck.regressor_norm.{p}'),
-    *_moves(_same_names(BLOCK), 'decoder.decoder_blocks.{i}.', 'neck.decoder.{i}.'),
-    Move(('decoder.norm.{p}',), 'neck.decoder_norm.{p}'),
-    Move(('decoder.head.{p}',), 'neck.output.{p}'),
+    Move('regresser.norm.{p}', 'neck.regressor_norm.{p}'),
+    *_moves(BLOCK, 'decoder.decoder_blocks.{i}.', 'neck.decoder.{i}.'),
+    Move('decoder.norm.{p}', 'neck.decoder_norm.{p}'),
+    Move('decoder.head.{p}', 'neck.output.{p}'),
 ]
 OFFICIAL_FINETUNED: list[Rule] = [
     *_official_encoder(''),
     *_norms('norm.{p}', 'fc_norm.{p}'),
-    Move(('head.{p}',), 'head.fc.{p}'),
+    Move('head.{p}', 'head.fc.{p}'),
 ]
 OFFICIAL_DENSE: list[Rule] = [
     *_official_encoder('backbone.'),
-    Move(('backbone.norm.{p}',), 'backbone.norm.{p}', pooled=False),
+    Move('backbone.norm.{p}', 'backbone.norm.{p}', pooled=False),
     LeaveOut(
         'backbone.fpn{rest}',
-        'pyramid: a neck here (ViTFeaturePyramid), trained together with heads that are left out',
+        note='pyramid: a neck here (ViTFeaturePyramid), trained with heads that are left out',
     ),
     *(
-        LeaveOut(f'{head}.{{rest}}', 'heads: layers of another version of mmseg or mmdet')
+        LeaveOut(f'{head}.{{rest}}', note='heads: layers of another version of mmseg or mmdet')
         for head in ('decode_head', 'auxiliary_head', 'neck', 'rpn_head', 'roi_head')
     ),
 ]
 PASSL: list[Rule] = [
     *_official_encoder('encoder.'),
-    Move(('encoder.norm.{p}',), 'backbone.norm.{p}', pooled=False),
-    LeaveOut('teacher_network.{rest}', 'moving average of the encoder, not part of the network'),
-    Move(('mask_token',), 'neck.mask_token'),
-    Move(('encoder_to_decoder.{p}',), 'neck.projection.0.{p}'),
-    Move(('encoder_to_decoder_norm.{p}',), 'neck.projection.1.{p}'),
+    Move('encoder.norm.{p}', 'backbone.norm.{p}', pooled=False),
+    LeaveOut(
+        'teacher_network.{rest}', note='moving average of the encoder, not part of the network'
+    ),
+    Move('mask_token', 'neck.mask_token'),
+    Move('encoder_to_decoder.{p}', 'neck.projection.0.{p}'),
+    Move('encoder_to_decoder_norm.{p}', 'neck.projection.1.{p}'),
     *_moves(REGRESSOR_BLOCK, 'regressor_and_decoder.blocks.{i}.', 'neck.regressor.{i}.'),
-    Move(('regressor_and_decoder.norm.{p}',), 'neck.regressor_norm.{p}'),
-    *_moves(_same_names(BLOCK), 'regressor_and_decoder.self_att_blocks.{i}.', 'neck.decoder.{i}.'),
-    Move(('regressor_and_decoder.norm2.{p}',), 'neck.decoder_norm.{p}'),
-    Move(('regressor_and_decoder.head.{p}',), 'neck.output.{p}'),
+    Move('regressor_and_decoder.norm.{p}', 'neck.regressor_norm.{p}'),
+    *_moves(BLOCK, 'regressor_and_decoder.self_att_blocks.{i}.', 'neck.decoder.{i}.'),
+    Move('regressor_and_decoder.norm2.{p}', 'neck.decoder_norm.{p}'),
+    Move('regressor_and_decoder.head.{p}', 'neck.output.{p}'),
 ]
 MMPRETRAIN: list[Rule] = [
-    Move(('backbone.cls_token',), 'backbone.cls_token'),
-    Move(('backbone.patch_embed.projection.{p}',), 'backbone.patch_embed.proj.{p}'),
-    *_moves(_same_names(BLOCK) | MMPRETRAIN_BLOCK, 'backbone.layers.{i}.', 'backbone.blocks.{i}.'),
-    Move((f'backbone.layers.{{i}}.attn.{TABLE}',), f'backbone.blocks.{{i}}.attn.{TABLE}'),
-    Fixed(f'backbone.layers.{{i}}.attn.{INDEX}', INDEX),
+    Move('backbone.cls_token', 'backbone.cls_token'),
+    Move('backbone.patch_embed.projection.{p}', 'backbone.patch_embed.proj.{p}'),
+    *_moves(MMPRETRAIN_BLOCK, 'backbone.layers.{i}.', 'backbone.blocks.{i}.'),
     Fixed('backbone.pos_embed', 'positions'),
-    Shared(f'backbone.rel_pos_bias.{TABLE}', f'backbone.blocks.{{i}}.attn.{TABLE}'),
-    LeaveOut(f'backbone.rel_pos_bias.{INDEX}', 'that of the shared table, computed'),
+    *_relative_positions('backbone.layers.{i}.attn.', 'backbone.rel_pos_bias.'),
     *_norms('backbone.ln1.{p}', 'backbone.ln2.{p}'),
-    Move(('head.fc.{p}',), 'head.fc.{p}'),
-    Move(('neck.mask_token',), 'neck.mask_token'),
+    Move('head.fc.{p}', 'head.fc.{p}'),
+    Move('neck.mask_token', 'neck.mask_token'),
     *_moves(MMPRETRAIN_REGRESSOR_BLOCK, 'neck.regressors.{i}.', 'neck.regressor.{i}.'),
-    Move(('neck.norm_regressor.{p}',), 'neck.regressor_norm.{p}'),
-    *_moves(_same_names(BLOCK) | MMPRETRAIN_BLOCK, 'neck.decoders.{i}.', 'neck.decoder.{i}.'),
-    Move(('neck.norm_decoder.{p}',), 'neck.decoder_norm.{p}'),
-    Move(('neck.head.{p}',), 'neck.output.{p}'),
-    LeaveOut('teacher.{rest}', "a copy of the encoder, one step late in mmpretrain's code"),
-    LeaveOut('target_generator.{rest}', 'the tokenizer: tools/convert_dalle.py converts it'),
-    LeaveOut('data_preprocessor.{rest}', 'mean and standard deviation stand in configs'),
+    Move('neck.norm_regressor.{p}', 'neck.regressor_norm.{p}'),
+    *_moves(MMPRETRAIN_BLOCK, 'neck.decoders.{i}.', 'neck.decoder.{i}.'),
+    Move('neck.norm_decoder.{p}', 'neck.decoder_norm.{p}'),
+    Move('neck.head.{p}', 'neck.output.{p}'),
+    LeaveOut('teacher.{rest}', note="a copy of the encoder, one step late in mmpretrain's code"),
+    LeaveOut('target_generator.{rest}', note='the tokenizer: tools/convert_dalle.py converts it'),
+    LeaveOut('data_preprocessor.{rest}', note='mean and standard deviation stand in configs'),
 ]
-TIMM: list[Rule] = [
-    *_official_encoder('', with_index=False),
-    *_norms('norm.{p}', 'fc_norm.{p}'),
-    Move(('head.{p}',), 'head.fc.{p}'),
-]
+TIMM = OFFICIAL_FINETUNED
 
 
 def _huggingface(prefix: str) -> list[Rule]:
     layer, block = f'{prefix}encoder.layer.{{i}}.', 'backbone.blocks.{i}.'
     attention = f'{layer}attention.attention.'
     return [
-        Move((f'{prefix}embeddings.cls_token',), 'backbone.cls_token'),
+        Move(f'{prefix}embeddings.cls_token', 'backbone.cls_token'),
         Move(
-            (f'{prefix}embeddings.patch_embeddings.projection.{{p}}',),
-            'backbone.patch_embed.proj.{p}',
+            f'{prefix}embeddings.patch_embeddings.projection.{{p}}', 'backbone.patch_embed.proj.{p}'
         ),
         Fixed(f'{prefix}embeddings.position_embeddings', 'positions'),
-        LeaveOut(f'{prefix}embeddings.mask_token', "BEiT's mask token; CAE masks in the regressor"),
+        LeaveOut(f'{prefix}embeddings.mask_token', note="BEiT's; CAE masks in the regressor"),
         Move(
-            tuple(f'{attention}{name}.weight' for name in ('query', 'key', 'value')),
+            ' + '.join(f'{attention}{name}.weight' for name in ('query', 'key', 'value')),
             f'{block}attn.qkv.weight',
         ),
-        Move((f'{attention}query.bias',), f'{block}attn.q_bias'),
-        Move((f'{attention}value.bias',), f'{block}attn.v_bias'),
-        Move((f'{attention}relative_position_bias.{TABLE}',), f'{block}attn.{TABLE}'),
-        Fixed(f'{attention}relative_position_bias.{INDEX}', INDEX),
-        Shared(f'{prefix}encoder.relative_position_bias.{TABLE}', f'{block}attn.{TABLE}'),
-        LeaveOut(
-            f'{prefix}encoder.relative_position_bias.{INDEX}', 'that of the shared table, computed'
+        Move(f'{attention}query.bias', f'{block}attn.q_bias'),
+        Move(f'{attention}value.bias', f'{block}attn.v_bias'),
+        *_relative_positions(
+            f'{attention}relative_position_bias.', f'{prefix}encoder.relative_position_bias.'
         ),
         *_moves(
             {
@@ -213,9 +204,9 @@ def _huggingface(prefix: str) -> list[Rule]:
 HUGGINGFACE: list[Rule] = _huggingface('')
 HUGGINGFACE_TASK: list[Rule] = [
     *_huggingface('beit.'),
-    Move(('classifier.{p}',), 'head.fc.{p}'),
-    LeaveOut('lm_head.{rest}', "BEiT's prediction of tokens, which CAE does in its decoder"),
-    LeaveOut('layernorm.{rest}', "BEiT's norm before the prediction of tokens"),
+    Move('classifier.{p}', 'head.fc.{p}'),
+    LeaveOut('lm_head.{rest}', note="BEiT's prediction of tokens, which CAE does in its decoder"),
+    LeaveOut('layernorm.{rest}', note="BEiT's norm before the prediction of tokens"),
 ]
 
 # The tables of each source, and a key by which it is known; the first that fits is taken.
@@ -245,8 +236,10 @@ def table_for(source: str, keys: Iterable[str]) -> list[Rule]:
     """Return the rules for these keys of this source.
 
     Raises:
-        ValueError: If the source has no such keys.
+        ValueError: If the source is unknown or has no such keys.
     """
+    if source not in SOURCES:
+        raise ValueError(f"Unknown source '{source}': choose one of {SOURCES}")
     keys = set(keys)
     for hallmark, rules in TABLES[source].items():
         if hallmark in keys:

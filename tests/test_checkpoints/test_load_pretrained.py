@@ -9,7 +9,7 @@ from mmengine.registry import MODELS
 
 import cae_mm.registry  # noqa: F401
 from cae_mm.checkpoints.pretrained import compare_keys, load_pretrained
-from cae_mm.conversion.convert import convert_checkpoint
+from cae_mm.conversion import convert_checkpoint
 from cae_mm.models import CAEViT
 
 ARCH = dict(embed_dims=24, depth=2, num_heads=3, layer_scale=0.1)

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from mmengine.registry import MODELS
 
-from cae_mm.checkpoints.files import read_metadata, read_state_dict
+from cae_mm.checkpoints import EncoderDescription, read_checkpoint, read_description
 from cae_mm.checkpoints.pretrained import guess_source, load_pretrained
-from cae_mm.conversion.convert import build_encoder, convert_checkpoint
-from cae_mm.models import CAENeck
+from cae_mm.conversion import convert_checkpoint
+from cae_mm.models import CAENeck, build_encoder
 from cae_mm.patches import split_mask
 
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1)).double()
@@ -36,7 +36,7 @@ def save(state, path, **more):
 
 def load(result, **options):
     """Our encoder with converted weights, in float64, without the exact positions' rounding."""
-    encoder = build_encoder(result.metadata['encoder'], **options)
+    encoder = build_encoder(result.description, **options)
     load_pretrained(encoder, result.path, prefix='backbone.')
     return encoder.double().eval()
 
@@ -50,7 +50,7 @@ def test_official_pretraining_network_computes_the_same(tmp_path, neck_width):
     state = official.pretraining_state(24, neck_width)
     result = convert(state, tmp_path, **HEADS)
     assert result.path == tmp_path / 'out_full.safetensors'
-    encoder, neck = load(result), CAENeck(**result.metadata['neck'])
+    encoder, neck = load(result), CAENeck(**result.neck)
     load_pretrained(neck, result.path, prefix='neck.')
     neck.double()
     mask = torch.tensor([[1, 0, 0, 1, 0, 1, 1, 0, 0], [0, 1, 1, 0, 1, 0, 0, 0, 1]]).bool()
@@ -75,7 +75,7 @@ def test_official_fine_tuned_network_computes_the_same(tmp_path):
     state = official.finetuned_state()
     result = convert(state, tmp_path)
     encoder = load(result, out_type='avg_featmap')
-    assert result.metadata['encoder']['num_heads'] == 3  # from the tables' width
+    assert result.description.num_heads == 3  # from the tables' width
     state = double(state)
     table = encoder.positions((3, 3), torch.device('cpu')).double()
     state['pos_embed'] = F.pad(table, (0, 0, 1, 0))[None]
@@ -102,9 +102,9 @@ def test_official_dense_network_computes_the_same(tmp_path):
     state = dense_state()
     torch.save({'state_dict': state, 'meta': {}}, tmp_path / 'a.pth')
     result = convert_checkpoint(tmp_path / 'a.pth', tmp_path / 'out')
-    sizes = result.metadata['encoder']
-    assert sizes['img_size'] == [32, 32] and sizes['pretrain_img_size'] == [28, 28]
-    assert not sizes['final_norm']
+    sizes = result.description
+    assert sizes.img_size == (32, 32) and sizes.pretrain_img_size == (28, 28)
+    assert not sizes.final_norm
     assert result.path.name == 'out_encoder.safetensors'
     left = {row.theirs: row.note for row in result.rows if row.ours == '(left out)'}
     assert set(left) == {'backbone.fpn{rest}', 'decode_head.{rest}'} and all(left.values())
@@ -198,10 +198,7 @@ def test_mmpretrains_beit(tmp_path, pooled):
     state |= {'head.fc.weight': torch.ones(5, 24), 'head.fc.bias': torch.ones(5)}
     torch.save({'state_dict': state}, tmp_path / 'a.pth')
     result = convert_checkpoint(tmp_path / 'a.pth', tmp_path / 'out')
-    assert (
-        result.metadata['encoder'] | {'pooled_norm': pooled, 'mlp_ratio': 2.0}
-        == (result.metadata['encoder'])
-    )
+    assert (result.description.pooled_norm, result.description.mlp_ratio) == (pooled, 2.0)
     assert torch.equal(result.state['head.fc.weight'], torch.ones(5, 24))
     ours = load(result, out_type='avg_featmap' if pooled else 'raw')
     close(ours(IMAGES)[0], model.double()(IMAGES)[0], 1e-6)  # their positions are other float32
@@ -265,7 +262,7 @@ def test_hugging_faces_beit(tmp_path, shared):
     table.data.copy_(official.positions((3, 3), 24))
     model.save_pretrained(tmp_path / 'hf')
     result = convert_checkpoint(tmp_path / 'hf', tmp_path / 'out')
-    assert result.metadata['source'] == 'huggingface' and not result.remarks
+    assert result.source == 'huggingface' and not result.remarks
     ours = load(result, out_type='avg_featmap')
     close(ours(IMAGES)[0], model.double().beit(IMAGES).pooler_output, 1e-6)
     assert torch.equal(result.state['head.fc.weight'], model.classifier.weight.float())
@@ -306,7 +303,7 @@ def test_passls_pickles_of_transposed_arrays(tmp_path, nested):
     path = tmp_path / 'ep800.pd'
     path.write_bytes(pickle.dumps(arrays, protocol=2))
     result = convert_checkpoint(path, tmp_path, **HEADS)
-    assert result.metadata['source'] == 'passl'
+    assert result.source == 'passl'
     want = convert(state, tmp_path, **HEADS).state
     assert result.state.keys() == want.keys()
     assert all(torch.equal(result.state[key], want[key]) for key in want)
@@ -467,8 +464,8 @@ def test_heads_are_read_or_assumed_or_asked_for(tmp_path):
         convert(official.finetuned_state(), tmp_path, num_heads=4)
     state = official.pretraining_state(192, 24, depth=1)
     result = convert(state, tmp_path)
-    assert result.metadata['encoder']['num_heads'] == 12  # of the official tiny model
-    assert result.metadata['neck']['num_heads'] == 12
+    assert result.description.num_heads == 12  # of the official tiny model
+    assert result.neck['num_heads'] == 12
     assert 'published for width 192' in result.remarks[0] and '--num-heads' in result.remarks[0]
     assert '--decoder-heads' in result.remarks[1]
     with pytest.raises(ValueError, match='5 heads do not divide width 24: --decoder-heads'):
@@ -481,22 +478,26 @@ def test_heads_are_read_or_assumed_or_asked_for(tmp_path):
 def test_sizes_and_part_are_written_beside_the_weights(tmp_path):
     result = convert(official.pretraining_state(24, 12), tmp_path, part='encoder', num_heads=3)
     assert result.path.name == 'out_encoder.safetensors'
-    metadata = read_metadata(result.path)
-    assert metadata == result.metadata and 'neck' not in metadata
-    assert metadata['encoder'] == dict(
-        embed_dims=24,
-        depth=2,
-        num_heads=3,
-        mlp_ratio=4.0,
-        patch_size=4,
-        in_channels=3,
-        img_size=[12, 12],
-        pretrain_img_size=[12, 12],
-        use_rel_pos_bias=False,
-        final_norm=True,
-        pooled_norm=False,
+    file = read_checkpoint(result.path)
+    assert file.metadata.keys() == {'source', 'part', 'encoder'}
+    assert (
+        read_description(result.path)
+        == result.description
+        == EncoderDescription(
+            embed_dims=24,
+            depth=2,
+            num_heads=3,
+            mlp_ratio=4.0,
+            patch_size=4,
+            in_channels=3,
+            img_size=(12, 12),
+            pretrain_img_size=(12, 12),
+            use_rel_pos_bias=False,
+            final_norm=True,
+            pooled_norm=False,
+        )
     )
-    assert all(key.startswith('backbone.') for key in read_state_dict(result.path))
+    assert all(key.startswith('backbone.') for key in file.state)
     left = {row.theirs for row in result.rows if row.note == 'part=encoder'}
     assert {'mask_token', 'decoder.head.{p}', 'encoder_to_regresser.{p}'} <= left
     counted = sum(row.count for row in result.rows)
@@ -506,7 +507,7 @@ def test_sizes_and_part_are_written_beside_the_weights(tmp_path):
 def test_positions_of_a_grid_that_is_not_square_are_found(tmp_path):
     state = official.pretraining_state(24, 24, grid=(2, 4))
     result = convert(state, tmp_path, **HEADS)
-    assert result.metadata['encoder']['img_size'] == [8, 16]
+    assert result.description.img_size == (8, 16)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import official_reference as official
 import torch
 
-from cae_mm.checkpoints.files import read_metadata
+from cae_mm.checkpoints import read_checkpoint
 
 
 def load_main(name):
@@ -27,7 +27,7 @@ def test_convert_and_export_print_what_they_did(tmp_path, capsys, monkeypatch):
     assert convert([str(tmp_path / 'a.pth'), str(tmp_path / 'cae'), *arguments]) == 0
     out = capsys.readouterr().out
     path = tmp_path / 'cae_full.safetensors'
-    assert read_metadata(path)['neck']['num_heads'] == 3
+    assert read_checkpoint(path).metadata['neck']['num_heads'] == 3
     assert 'regresser.regressor_blocks.{i}.norm1_q.{p}' in out
     assert 'shares the storage of the encoder' in out
     assert 'num_heads 3' in out and 'tensors written to' in out

@@ -1,0 +1,177 @@
+"""Tell sizes from weights under our names, and compute the tensors that others store."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cae_mm.checkpoints import EncoderDescription
+from cae_mm.conversion.rules import count_blocks
+from cae_mm.conversion.sources import INDEX, SOURCES, TABLE
+from cae_mm.models.positions import SinCosPositions, relative_position_index
+from cae_mm.models.vit import ARCHS
+from cae_mm.patches import Grid, grid_of
+
+# Heads by width, where nothing in a file tells them. Ours and those of timm and the like have 64
+# values per head, the official models (and PASSL's, which follow them) 12 heads up to width 768.
+OUR_HEADS = {arch['embed_dims']: arch['num_heads'] for arch in ARCHS.values()}
+OFFICIAL_HEADS = OUR_HEADS | {192: 12, 384: 12}
+HEADS = dict.fromkeys(SOURCES, OUR_HEADS) | dict.fromkeys(('official', 'passl'), OFFICIAL_HEADS)
+# official fine-tuning without relative position bias looks as timm's: assume what both agree on
+HEADS['timm'] = {D: n for D, n in OUR_HEADS.items() if OFFICIAL_HEADS[D] == n}
+# the option for the decoder's heads never reaches the official model, which has 12 at any width
+OFFICIAL_DECODER_HEADS = 12
+PRETRAIN_GRID = (14, 14)  # of all published weights: 224 px, patches of 16
+CPU = torch.device('cpu')
+
+
+def describe_weights(
+    state: dict[str, Tensor],
+    *,
+    num_heads: int,
+    grid: Grid,
+    pretrain_grid: Grid,
+    pooled_norm: bool,
+) -> EncoderDescription:
+    """Read widths and depth from shapes.
+
+    Raises:
+        ValueError: If there is no encoder.
+    """
+    try:
+        width = state['backbone.cls_token'].shape[-1]
+        patch = state['backbone.patch_embed.proj.weight']
+        hidden = len(state['backbone.blocks.0.mlp.fc1.weight'])
+    except KeyError as error:
+        raise ValueError(f'it has no {error}') from error
+    p = patch.shape[-1]
+    return EncoderDescription(
+        embed_dims=width,
+        depth=count_blocks(state),
+        num_heads=num_heads,
+        mlp_ratio=hidden / width,
+        patch_size=p,
+        in_channels=patch.shape[1],
+        img_size=(grid[0] * p, grid[1] * p),
+        pretrain_img_size=(pretrain_grid[0] * p, pretrain_grid[1] * p),
+        use_rel_pos_bias=any(key.endswith(TABLE) for key in state),
+        final_norm='backbone.norm.weight' in state,
+        pooled_norm=pooled_norm,
+    )
+
+
+def resolve_heads(
+    state: dict[str, Tensor], given: int | None, published: dict[int, int], remarks: list[str]
+) -> int:
+    """Return the encoder's number of heads: of relative position tables, else given or published.
+
+    Raises:
+        ValueError: If nothing tells, or what is given contradicts the tables.
+    """
+    tables = [table for key, table in state.items() if key.endswith(TABLE)]
+    if tables:
+        heads = tables[0].shape[1]
+        if given not in (None, heads):
+            raise ValueError(f'it has relative position tables of {heads} heads, not {given}')
+        return heads
+    if given is not None:
+        return given
+    width = state['backbone.cls_token'].shape[-1]
+    if width not in published:
+        raise ValueError(
+            f'it does not tell the number of heads, and width {width} is none that was published: '
+            'give --num-heads'
+        )
+    remarks.append(
+        f'{published[width]} heads assumed, as published for width {width}: the file does not '
+        'tell, --num-heads does'
+    )
+    return published[width]
+
+
+def find_grids(table: Tensor) -> tuple[Grid, Grid]:
+    """Find the grid whose sin-cos positions a table has, and that from which they are resized.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    N, D = table.shape[-2] - 1, table.shape[-1]
+    errors: dict[float, tuple[Grid, Grid]] = {}
+    for base in (None, PRETRAIN_GRID):
+        for h in (h for h in range(1, N + 1) if N % h == 0):
+            grid = h, N // h
+            error = (fixed_positions(D, grid, base) - table.float()).abs().max().item()
+            errors.setdefault(error, (grid, base or grid))
+            if error <= position_tolerance(table):
+                return errors[error]
+    raise ValueError(
+        'it has positions that are not the sin-cos table of CAE (the nearest is off by '
+        f'{min(errors):.2g}): they were learned or made otherwise, and a CAEViT has no learned ones'
+    )
+
+
+def fixed_positions(dim: int, grid: Grid, base: Grid | None = None) -> Tensor:
+    """Our positions as others store them, shape (1, 1 + N, D): the class token's is zero."""
+    return F.pad(SinCosPositions(dim, base_grid=base)(grid, CPU), (0, 0, 1, 0))[None]
+
+
+def fixed_tensors(d: EncoderDescription, neck_width: int | None = None) -> dict[str, Tensor]:
+    """Compute the tensors that others store and we do not, by the names of ``Fixed`` rules.
+
+    Returns:
+        'positions' with shape (1, 1 + N, D), 'neck_positions' likewise if there is a neck, and
+        'relative_position_index' with shape (1 + N, 1 + N) if there are such tables.
+    """
+    grid, base = (grid_of(size, d.patch_size) for size in (d.img_size, d.pretrain_img_size))
+    tensors = {'positions': fixed_positions(d.embed_dims, grid, base)}
+    if d.use_rel_pos_bias:
+        tensors[INDEX] = relative_position_index(grid, CPU)
+    if neck_width is not None:
+        tensors['neck_positions'] = fixed_positions(neck_width, grid)
+    return tensors
+
+
+def position_tolerance(table: Tensor) -> float:
+    """Return how far a stored table of positions may be off: rounding of its type, of resizing."""
+    return max(1e-5, 4 * torch.finfo(table.dtype).eps)
+
+
+def read_neck_sizes(
+    state: dict[str, Tensor], in_dims: int, num_heads: int | None, default: int, remarks: list[str]
+) -> dict[str, Any]:
+    """Read the arguments of ``CAENeck`` from shapes.
+
+    Args:
+        state: Weights.
+        in_dims: The encoder's width.
+        num_heads: Heads of regressor and decoder, if they are known.
+        default: Their number otherwise, said in ``remarks``.
+        remarks: What is assumed is added.
+
+    Raises:
+        ValueError: If there is no neck, or the heads do not divide the width.
+    """
+    try:
+        width = state['neck.mask_token'].shape[-1]
+        hidden = len(state['neck.regressor.0.mlp.fc1.weight'])
+        out_dims = len(state['neck.output.weight'])
+    except KeyError as error:
+        raise ValueError(f'it has no {error}') from error
+    if num_heads is None:
+        num_heads = default
+        remarks.append(
+            f'{num_heads} heads of regressor and decoder assumed: the file does not tell, '
+            '--decoder-heads does'
+        )
+    if width % num_heads:
+        raise ValueError(f'{num_heads} heads do not divide width {width}: --decoder-heads')
+    return {
+        'in_dims': in_dims,
+        'embed_dims': width,
+        'num_heads': num_heads,
+        'regressor_depth': count_blocks(state, 'neck.regressor.'),
+        'decoder_depth': count_blocks(state, 'neck.decoder.'),
+        'out_dims': out_dims,
+        'mlp_ratio': hidden / width,
+    }
