@@ -43,11 +43,8 @@ class PretrainedModule(BaseModule):
         if not self.init_cfg:
             self.init_default_weights()
             return
-        options = {key: value for key, value in self.init_cfg.items() if key != 'type'}
-        if self.init_cfg.get('type') != 'Pretrained' or not options.keys() <= {
-            'checkpoint',
-            'prefix',
-        }:
+        options = dict(self.init_cfg)
+        if options.pop('type', None) != 'Pretrained' or options.keys() - {'checkpoint', 'prefix'}:
             raise ValueError(
                 f'{type(self).__name__} takes init_cfg=dict(type="Pretrained", checkpoint=..., '
                 f'prefix=...) only, not {self.init_cfg}'
@@ -194,28 +191,24 @@ class KeyMatch:
     @property
     def problems(self) -> list[str]:
         """One line each about missing, unexpected and reshaped keys, if there are some."""
-        found = {
-            'missing': self.missing,
-            'unexpected': self.unexpected,
-            'of another shape': list(self.reshaped.values()),
-        }
+        kinds = {'missing': self.missing, 'unexpected': self.unexpected}
+        kinds['of another shape'] = list(self.reshaped.values())
         return [
-            f'{len(keys)} keys {what}: {name_some(keys)}' for what, keys in found.items() if keys
+            f'{len(keys)} keys {what}: {name_some(keys)}' for what, keys in kinds.items() if keys
         ]
 
 
 def compare_keys(target: dict[str, Tensor], source: dict[str, Tensor]) -> KeyMatch:
     """Say which keys of ``target`` are in ``source`` with the same shape, and which are not."""
-    both = [key for key in target if key in source]
+    shapes = {k: (tuple(source[k].shape), tuple(v.shape)) for k, v in target.items() if k in source}
     return KeyMatch(
-        matched=[key for key in both if source[key].shape == target[key].shape],
+        matched=[key for key, (there, here) in shapes.items() if there == here],
         missing=[key for key in target if key not in source],
         unexpected=[key for key in source if key not in target],
         reshaped={
-            key: f'{key} is {tuple(source[key].shape)} in the file and '
-            f'{tuple(target[key].shape)} in the model'
-            for key in both
-            if source[key].shape != target[key].shape
+            key: f'{key} is {there} in the file and {here} in the model'
+            for key, (there, here) in shapes.items()
+            if there != here
         },
     )
 
@@ -268,9 +261,9 @@ def name_some(keys: list[str]) -> str:
 def explain_mismatch(target: dict[str, Tensor], source: dict[str, Tensor], prefix: str) -> str:
     """Name the likely cause: another prefix, names of another project, another size."""
     first = next(iter(target))
-    found = [k.removesuffix(first) for k in source if k.endswith(f'.{first}') or k == first]
-    if found and prefix not in found:
-        return f". The file has these keys under prefix='{found[0]}'"
+    prefixes = [k.removesuffix(first) for k in source if k.endswith(f'.{first}') or k == first]
+    if prefixes and prefix not in prefixes:
+        return f". The file has these keys under prefix='{prefixes[0]}'"
     origin = guess_source(source)
     if origin:
         return (

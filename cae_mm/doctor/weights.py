@@ -12,12 +12,7 @@ from typing import Any, NamedTuple
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from cae_mm.checkpoints.files import (
-    get_state_dict,
-    read_metadata,
-    read_plain_pickle,
-    read_state_dict,
-)
+from cae_mm.checkpoints import files
 from cae_mm.checkpoints.pretrained import (
     KeyMatch,
     check_share,
@@ -107,10 +102,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint | Exception:
 @lru_cache(maxsize=2)  # several checks look at a file
 def _read_checkpoint(path: Path, changed: int) -> Checkpoint | Exception:
     try:
-        if path.suffix == '.safetensors':
-            return Checkpoint(read_state_dict(path), {}, read_metadata(path))
-        content = read_plain_pickle(path)
-        return Checkpoint(get_state_dict(content, path), _read_config(content), {})
+        file = files.read_checkpoint(path)
+        return Checkpoint(file.state, _read_config(file.content), file.metadata)
     except ValueError as error:
         return error
 

@@ -14,12 +14,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
 from cae_mm.checkpoints.description import KEY
-from cae_mm.checkpoints.files import (
-    get_metadata,
-    get_state_dict,
-    parse_description,
-    read_checkpoint,
-)
+from cae_mm.checkpoints.files import Checkpoint, read_checkpoint
 from cae_mm.checkpoints.pretrained import (
     check_share,
     compare_descriptions,
@@ -29,7 +24,6 @@ from cae_mm.checkpoints.pretrained import (
     fit_state_dict,
     log_match,
 )
-from cae_mm.checkpoints.unpickler import read_plain_pickle
 from cae_mm.models.description import describe_model
 from cae_mm.registry import HOOKS
 
@@ -39,14 +33,9 @@ SCHEME = 'plain:'  # stands before a path so that mmengine reads it through load
 @CheckpointLoader.register_scheme(prefixes=SCHEME)
 def load_from_plain(filename: str, *_: Any) -> dict[str, Any]:
     """Read a checkpoint for mmengine, always onto the CPU: who loads it moves what has to move."""
-    path = Path(filename.removeprefix(SCHEME))
-    if path.suffix == '.safetensors':
-        checkpoint = read_checkpoint(path)
-        return {'state_dict': checkpoint.state, 'meta': {KEY: checkpoint.metadata}}
-    content = read_plain_pickle(path)
-    if isinstance(content, dict) and 'state_dict' in content:
-        return content
-    return {'state_dict': get_state_dict(content, path)}
+    file = read_checkpoint(filename.removeprefix(SCHEME))
+    whole = isinstance(file.content, dict) and 'state_dict' in file.content
+    return file.content if whole else {'state_dict': file.state}
 
 
 @HOOKS.register_module()
@@ -94,8 +83,7 @@ class SafeLoadHook(Hook):
         model = unwrap(runner.model)
         training = isinstance(runner._train_loop, BaseLoop)
         state: dict[str, Tensor] = checkpoint['state_dict']
-        description = parse_description(get_metadata(checkpoint), path)
-        remarks = compare_descriptions(model, description, path)
+        remarks = compare_descriptions(model, Checkpoint(path, checkpoint).description, path)
         if runner._resume:
             checkpoint.get('meta', {}).pop('config', None)
         elif training:
@@ -107,10 +95,8 @@ class SafeLoadHook(Hook):
         elif match.missing or match.reshaped or (match.unexpected and runner._resume):
             purpose = 'resumed from' if runner._resume else 'tested with'
             hint = explain_mismatch(model.state_dict(), state, '')
-            raise ValueError(
-                f'{type(model).__name__} cannot be {purpose} {path}: '
-                f'{"; ".join(match.problems)}{hint}'
-            )
+            problems = '; '.join(match.problems) + hint
+            raise ValueError(f'{type(model).__name__} cannot be {purpose} {path}: {problems}')
         checkpoint['state_dict'] = {key: state[key] for key in match.matched}
         log_match(type(model).__name__, path, match, remarks)
 
