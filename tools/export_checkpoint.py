@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cae_mm.conversion.convert import PARTS
-from cae_mm.conversion.export import TARGETS, Export, export_checkpoint
+from cae_mm.conversion.export import Export, export_checkpoint
+from cae_mm.conversion.targets import TARGETS
 
 
 def print_report(result: Export, target: str, console: Console) -> None:

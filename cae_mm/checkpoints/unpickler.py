@@ -27,18 +27,9 @@ from torch import Tensor
 
 MAGIC = tuple(pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=p) for p in range(6))
 STATISTICS = ('min', 'max', 'current', 'mean')
-STORAGES = {
-    'Double': torch.float64,
-    'Float': torch.float32,
-    'Half': torch.float16,
-    'BFloat16': torch.bfloat16,
-    'Long': torch.int64,
-    'Int': torch.int32,
-    'Short': torch.int16,
-    'Char': torch.int8,
-    'Byte': torch.uint8,
-    'Bool': torch.bool,
-}
+NAMES = 'Double Float Half BFloat16 Long Int Short Bool'.split()
+STORAGES = {name: getattr(torch, name.lower()) for name in NAMES}
+STORAGES |= {'Char': torch.int8, 'Byte': torch.uint8}
 # classes of Python 2, registered extensions, keyword arguments, memory from elsewhere
 REFUSED = 'INST OBJ EXT1 EXT2 EXT4 NEWOBJ_EX PERSID NEXT_BUFFER READONLY_BUFFER'
 REFUSED_CODES = [getattr(pickle, name)[0] for name in REFUSED.split()]
@@ -117,14 +108,10 @@ SETTERS: dict[type, Callable[[Any, Any], None]] = {
 
 
 class PlainUnpickler(pickle._Unpickler):
-    """Reads one pickle after the other from a file.
-
-    Args:
-        file: Where to read.
-        known: Stand-ins for names that may occur beside ``KNOWN``.
+    """Reads a pickle, in which the names in ``KNOWN`` and ``known`` may occur.
 
     Attributes:
-        storages: Memory of torch's tensors, by key; filled by others afterwards.
+        storages: Memory of torch's tensors, by key, which is filled afterwards.
     """
 
     stack: list[Any]
@@ -216,13 +203,13 @@ def read_plain_pickle(path: Path, known: Mapping[str, Any] | None = None) -> Any
     Raises:
         ValueError: If the file refers to anything else (the message names it), or is broken.
     """
+    formats = {b'PK\x03\x04': _read_zip} | dict.fromkeys(MAGIC, _read_old_format)
     with refusing(path), path.open('rb') as file:
-        start = file.read(max(map(len, MAGIC)))
+        start = file.read(max(map(len, formats)))
         file.seek(0)
-        if start.startswith(b'PK\x03\x04'):
-            return _read_zip(file, known)
-        if start.startswith(MAGIC):
-            return _read_old_format(file, known)
+        for magic, read in formats.items():
+            if start.startswith(magic):
+                return read(file, known)
         raise ValueError('it is no file that torch.save wrote')
 
 

@@ -97,6 +97,8 @@ def convert_checkpoint(
             expressed by a ``CAEViT``.
     """
     path = Path(source_path).expanduser()
+    if Path(out).suffix not in ('', '.safetensors'):
+        raise ValueError(f'{out}: weights are written as .safetensors, name it so')
     state, hints = read_foreign(path)
     try:
         result = translate(
@@ -108,7 +110,7 @@ def convert_checkpoint(
         )
     except ValueError as error:
         raise ValueError(f'{path} cannot be converted: {error}') from error
-    result.path = name_output(out, path, result.part)
+    result.path = name_output(out, path, result.part, '.safetensors')
     write_safetensors(result.path, result.state, result.metadata)
     return result
 
@@ -276,13 +278,18 @@ def _check_duplicates(
             )
 
 
-def name_output(out: str | Path, source: Path, part: str) -> Path:
-    """Return the file to write: named after ``out``, or after the source if that is a folder."""
+def name_output(out: str | Path, source: Path, part: str, suffix: str) -> Path:
+    """Return the path to write: named after ``out``, or after the source if that is a folder.
+
+    Args:
+        out: As the user named it.
+        source: The file that was read.
+        part: The name ends in it.
+        suffix: Of the file; '' if a folder is written.
+    """
     out = Path(out).expanduser()
-    if out.suffix not in ('', '.safetensors'):
-        raise ValueError(f'{out}: weights are written as .safetensors, name it so')
-    folder = out.is_dir()
-    stem = source.stem if folder else out.name.removesuffix('.safetensors')
-    if not stem.endswith(f'_{part}'):
-        stem += f'_{part}'
-    return (out if folder else out.parent) / f'{stem}.safetensors'
+    if suffix and out.is_dir():
+        out = out / source.stem
+    stem = out.name.removesuffix(suffix)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out.with_name((stem if stem.endswith(f'_{part}') else f'{stem}_{part}') + suffix)

@@ -4,31 +4,22 @@ Before anything is written, the other project's own network is filled with the w
 give the same features on a test image.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from cae_mm.checkpoints import Checkpoint, EncoderDescription, read_checkpoint
 from cae_mm.checkpoints.pretrained import find_file
-from cae_mm.conversion.convert import PARTS, translate
-from cae_mm.conversion.rules import Row, Rule, Translation, to_theirs
+from cae_mm.conversion.convert import PARTS, name_output, translate
+from cae_mm.conversion.rules import Row, Translation, to_theirs
 from cae_mm.conversion.sizes import OUR_HEADS, describe_weights, fixed_tensors, resolve_heads
-from cae_mm.conversion.sources import (
-    HUGGINGFACE,
-    INDEX,
-    MMPRETRAIN,
-    OFFICIAL,
-    OFFICIAL_FINETUNED,
-    TABLE,
-    TIMM,
-)
+from cae_mm.conversion.sources import INDEX, OFFICIAL, OFFICIAL_FINETUNED, TABLE
+from cae_mm.conversion.targets import TARGETS, Target
 from cae_mm.models import build_encoder
 from cae_mm.patches import grid_of, to_pair
 
@@ -53,29 +44,6 @@ class Export:
     remarks: list[str]
     errors: dict[torch.dtype, float]
     usage: str
-
-
-@dataclass(frozen=True)
-class Target:
-    """Another project that has a network of its own to compare with.
-
-    Attributes:
-        rules: Its table.
-        parts: What of our model it has a place for.
-        needs_norm: Whether its network always has a final norm.
-        build: Makes the network from our description and the number of classes (0 without).
-        features: Its tokens, or (last argument) their pooled mean, for images.
-        write: Writes weights and network to a path, and says how they are loaded.
-        suffix: Of the file; '' for a folder.
-    """
-
-    rules: list[Rule]
-    parts: tuple[str, ...]
-    needs_norm: bool
-    build: Callable[[EncoderDescription, int], nn.Module]
-    features: Callable[[nn.Module, Tensor, bool], Tensor]
-    write: Callable[[nn.Module, Path], str]
-    suffix: str
 
 
 def export_checkpoint(
@@ -122,19 +90,17 @@ def export_checkpoint(
         description = file.description
         _check_options(description, path, num_heads=num_heads, img_size=size, pooled_norm=pooled)
     state, rows = _select(file.state, ('backbone',) if part == 'encoder' else _parts(target, file))
+    part = 'encoder' if all(key.startswith('backbone.') for key in state) else 'full'
+    suffix = '.pth' if target == 'official' else TARGETS[target].suffix
     try:
         if target == 'official':
-            result = _to_official(state, description)
-            place = _name(Path(out), path, state, '.pth')
-            torch.save({'model': result.state}, place)
-            usage = f'--finetune {place}, --model_key model (official run_class_finetuning.py)'
-            return Export(place, result.rows + rows, remarks, {}, usage)
-        there = TARGETS[target]
-        network, result, errors = _to_network(there, state, description)
+            result, errors, write = _to_official(state, description)
+        else:
+            result, errors, write = _to_network(TARGETS[target], state, description)
     except ValueError as error:
         raise ValueError(f'{path} cannot be exported to {target}: {error}') from error
-    place = _name(Path(out), path, state, there.suffix)
-    return Export(place, result.rows + rows, remarks, errors, there.write(network, place))
+    place = name_output(out, path, part, suffix)
+    return Export(place, result.rows + rows, remarks, errors, write(place))
 
 
 def _assume(
@@ -201,23 +167,10 @@ def _select(
     ]
 
 
-def _name(out: Path, source: Path, state: dict[str, Tensor], suffix: str) -> Path:
-    """Return the path to write: named after ``out``, or after the source if that is a folder."""
-    out = out.expanduser()
-    if suffix and out.is_dir():
-        out = out / source.stem
-    part = 'encoder' if all(k.startswith('backbone.') for k in state) else 'full'
-    stem = out.name.removesuffix(suffix) if suffix else out.name
-    if not stem.endswith(f'_{part}'):
-        stem += f'_{part}'
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out.with_name(stem + suffix)
-
-
 def _to_network(
     target: Target, state: dict[str, Tensor], description: EncoderDescription
-) -> tuple[nn.Module, Translation, dict[torch.dtype, float]]:
-    """Fill the other project's network and compare features."""
+) -> tuple[Translation, dict[torch.dtype, float], Callable[[Path], str]]:
+    """Fill the other project's network, compare features, and return how it is written."""
     if target.needs_norm and not description.final_norm:
         raise ValueError(
             'it has no final norm (it is of dense prediction), the network there always does'
@@ -235,7 +188,7 @@ def _to_network(
     )
     errors = compare_features(ours, network, target, description)
     network.float().load_state_dict(weights)  # undo the rounding of the comparison
-    return network, result, errors
+    return result, errors, partial(target.write, network)
 
 
 @torch.no_grad()
@@ -268,7 +221,9 @@ def compare_features(
     return errors
 
 
-def _to_official(state: dict[str, Tensor], description: EncoderDescription) -> Translation:
+def _to_official(
+    state: dict[str, Tensor], description: EncoderDescription
+) -> tuple[Translation, dict[torch.dtype, float], Callable[[Path], str]]:
     """Give weights the official names, and check that the way back gives the same."""
     has_neck = 'neck.mask_token' in state
     finetuned = 'head.fc.weight' in state or description.pooled_norm
@@ -284,144 +239,9 @@ def _to_official(state: dict[str, Tensor], description: EncoderDescription) -> T
     back = translate(result.state, 'official', num_heads=description.num_heads).state
     if back.keys() != state.keys() or any(not torch.equal(back[k], state[k]) for k in state):
         raise RuntimeError('the way back from official names gives other weights')
-    return result
+    return result, {}, partial(_write_official, result.state)
 
 
-def _require(package: str) -> ModuleType:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(
-            f"{package} is needed for this: pip install -c constraints/onedl.txt '.[export]' "
-            '(constraints/openmmlab.txt with the upstream packages)'
-        ) from error
-
-
-def _build_mmpretrain(d: EncoderDescription, classes: int) -> nn.Module:
-    importlib.import_module('mmpretrain.models')
-    config = dict(
-        type='mmpretrain.BEiTViT',
-        arch=dict(
-            embed_dims=d.embed_dims,
-            num_layers=d.depth,
-            num_heads=d.num_heads,
-            feedforward_channels=int(d.embed_dims * d.mlp_ratio),
-        ),
-        img_size=d.img_size,
-        patch_size=d.patch_size,
-        in_channels=d.in_channels,
-        norm_cfg=dict(type='LN', eps=1e-6),
-        final_norm=d.final_norm and not d.pooled_norm,
-        out_type='avg_featmap' if d.pooled_norm else 'raw',
-        use_abs_pos_emb=True,
-        use_rel_pos_bias=d.use_rel_pos_bias,
-    )
-    network: Any = nn.Module()
-    network.config = config
-    network.backbone = MODELS.build(config)
-    if classes:
-        network.head = nn.Module()
-        network.head.fc = nn.Linear(d.embed_dims, classes)
-    return network
-
-
-def _mmpretrain_features(network: Any, images: Tensor, pooled: bool) -> Tensor:
-    return network.backbone(images)[0]
-
-
-def _write_mmpretrain(network: Any, place: Path) -> str:
-    torch.save({'state_dict': network.state_dict(), 'meta': {}}, place)
-    init_cfg = dict(type='Pretrained', checkpoint=str(place), prefix='backbone.')
-    return f'backbone={network.config | dict(init_cfg=init_cfg)}'
-
-
-def _build_timm(d: EncoderDescription, classes: int) -> nn.Module:
-    return _require('timm').create_model(
-        'beit_base_patch16_224',  # the class is Beit; all of its sizes are given below
-        pretrained=False,
-        img_size=d.img_size,
-        patch_size=d.patch_size,
-        in_chans=d.in_channels,
-        embed_dim=d.embed_dims,
-        depth=d.depth,
-        num_heads=d.num_heads,
-        mlp_ratio=d.mlp_ratio,
-        init_values=0.1,
-        use_abs_pos_emb=True,
-        use_rel_pos_bias=d.use_rel_pos_bias,
-        global_pool='avg' if d.pooled_norm else 'token',
-        num_classes=classes,
-    )
-
-
-def _timm_features(network: Any, images: Tensor, pooled: bool) -> Tensor:
-    tokens = network.forward_features(images)
-    return network.forward_head(tokens, pre_logits=True) if pooled else tokens
-
-
-def _write_timm(network: Any, place: Path) -> str:
-    models = importlib.import_module('timm.models')
-    models.save_for_hf(network, place, safe_serialization=True)
-    return f"timm.create_model('local-dir:{place}', pretrained=True)"
-
-
-def _build_huggingface(d: EncoderDescription, classes: int) -> nn.Module:
-    if d.img_size[0] != d.img_size[1]:
-        raise ValueError("Hugging Face's BeitModel takes square images only")
-    transformers = _require('transformers')
-    config = transformers.BeitConfig(
-        hidden_size=d.embed_dims,
-        num_hidden_layers=d.depth,
-        num_attention_heads=d.num_heads,
-        intermediate_size=int(d.embed_dims * d.mlp_ratio),
-        image_size=d.img_size[0],
-        patch_size=d.patch_size,
-        num_channels=d.in_channels,
-        layer_norm_eps=1e-6,
-        layer_scale_init_value=0.1,
-        use_absolute_position_embeddings=True,
-        use_relative_position_bias=d.use_rel_pos_bias,
-        use_mean_pooling=d.pooled_norm,
-    )
-    return transformers.BeitModel(config)
-
-
-def _huggingface_features(network: Any, images: Tensor, pooled: bool) -> Tensor:
-    output = network(images)
-    return output.pooler_output if pooled else output.last_hidden_state
-
-
-def _write_huggingface(network: Any, place: Path) -> str:
-    network.save_pretrained(place)
-    return f"transformers.BeitModel.from_pretrained('{place}')"
-
-
-TARGETS = {
-    'mmpretrain': Target(
-        rules=MMPRETRAIN,
-        parts=('backbone', 'head'),
-        needs_norm=False,
-        build=_build_mmpretrain,
-        features=_mmpretrain_features,
-        write=_write_mmpretrain,
-        suffix='.pth',
-    ),
-    'timm': Target(
-        rules=TIMM,
-        parts=('backbone', 'head'),
-        needs_norm=True,
-        build=_build_timm,
-        features=_timm_features,
-        write=_write_timm,
-        suffix='',
-    ),
-    'huggingface': Target(
-        rules=HUGGINGFACE,
-        parts=('backbone',),
-        needs_norm=True,
-        build=_build_huggingface,
-        features=_huggingface_features,
-        write=_write_huggingface,
-        suffix='',
-    ),
-}
+def _write_official(state: dict[str, Tensor], place: Path) -> str:
+    torch.save({'model': state}, place)
+    return f'--finetune {place}, --model_key model (official run_class_finetuning.py)'

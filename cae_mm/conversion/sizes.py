@@ -27,12 +27,7 @@ CPU = torch.device('cpu')
 
 
 def describe_weights(
-    state: dict[str, Tensor],
-    *,
-    num_heads: int,
-    grid: Grid,
-    pretrain_grid: Grid,
-    pooled_norm: bool,
+    state: dict[str, Tensor], *, num_heads: int, grid: Grid, pretrain_grid: Grid, pooled_norm: bool
 ) -> EncoderDescription:
     """Read widths and depth from shapes.
 

@@ -28,11 +28,7 @@ BLOCK = (
     'gamma_1',
     'gamma_2',
 )
-ENCODER = (
-    'cls_token',
-    'patch_embed.proj.{p}',
-    *(f'blocks.{{i}}.{name}' for name in BLOCK),
-)
+ENCODER = ('cls_token', 'patch_embed.proj.{p}', *(f'blocks.{{i}}.{name}' for name in BLOCK))
 # a self-attention block in mmpretrain
 MMPRETRAIN_BLOCK = {name: name for name in BLOCK} | {
     'norm1.{p}': 'ln1.{p}',

@@ -4,7 +4,6 @@ import builtins
 import json
 import re
 import sys
-from dataclasses import replace
 
 import official_reference as official
 import pytest
@@ -16,7 +15,7 @@ from cae_mm.checkpoints import read_state_dict
 from cae_mm.checkpoints.files import write_safetensors
 from cae_mm.conversion import convert_checkpoint, export_checkpoint
 from cae_mm.conversion.convert import Conversion
-from cae_mm.conversion.export import TARGETS
+from cae_mm.conversion.targets import TARGETS
 from cae_mm.models import CAEViT
 
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
@@ -185,8 +184,7 @@ def test_dense_prediction_without_final_norm(tmp_path):
 def test_other_features_are_found_and_nothing_is_written(tmp_path, monkeypatch):
     target = TARGETS['mmpretrain']
     features = target.features
-    worse = replace(target, features=lambda *args: features(*args) * (1 + 1e-7))
-    monkeypatch.setitem(TARGETS, 'mmpretrain', worse)
+    monkeypatch.setattr(target, 'features', lambda *args: features(*args) * (1 + 1e-7))
     path = save(build(), tmp_path / 'own.pth')
     with pytest.raises(RuntimeError, match='gives other features in torch.float64: .* 1e-0[78] '):
         export_checkpoint(path, tmp_path / 'out', 'mmpretrain', **OPTIONS)
