@@ -51,7 +51,7 @@ class Checkpoint:
             return None
         try:
             return EncoderDescription.from_dict(self.metadata['encoder'])
-        except TypeError as error:
+        except (AttributeError, TypeError) as error:
             raise ValueError(f'{self.path} describes its encoder incompletely: {error}') from error
 
 

@@ -56,14 +56,36 @@ def _statistic(owner: Any, name: str) -> str:
     return name
 
 
+class Number:
+    """Stands for numpy's type of numbers, whose own state could make it read any memory."""
+
+    def __init__(self, kind: str, *_: Any) -> None:
+        self.dtype = np.dtype(str(kind))
+        if self.dtype.kind not in 'biufSU':
+            raise ValueError(f'it has arrays of {self.dtype}, not of numbers')
+
+
+def _set_order(number: Number, state: Any) -> None:
+    number.dtype = number.dtype.newbyteorder(state[1])
+
+
+def _set_array(array: Any, state: Any) -> None:
+    version, shape, number, order, data = state
+    array.__setstate__((version, shape, number.dtype, order, data))
+
+
 def _set_history(history: HistoryBuffer, state: dict[str, Any]) -> None:
     """Set the numbers; mmengine would give the statistics in the file to all histories."""
-    HistoryBuffer.__init__(  # type: ignore[misc]
-        history, state['_log_history'], state['_count_history'], state['max_length']
-    )
+    numbers = [state[key] for key in ('_log_history', '_count_history')]
+    if not all(isinstance(array, np.ndarray) for array in numbers):
+        raise ValueError('it has a history of something else than numbers')
+    HistoryBuffer.__init__(history, *numbers, state['max_length'])  # type: ignore[misc]
 
 
 def _set_attributes(instance: Any, state: dict[str, Any]) -> None:
+    special = [name for name in state if name.startswith('__')]  # numpy looks for some of them
+    if special:
+        raise ValueError(f'it sets {special[0]} of an object')
     vars(instance).update(state)
 
 
@@ -80,11 +102,11 @@ KNOWN: dict[str, Any] = {
     'mmengine.logging.history_buffer.HistoryBuffer': HistoryBuffer,
     **{f'mmengine.logging.history_buffer.HistoryBuffer.{name}': name for name in STATISTICS},
     'numpy.core.multiarray._reconstruct': lambda *_: np.ndarray(0),
-    'numpy.core.multiarray.scalar': lambda dtype, data: np.frombuffer(data, dtype)[0],
-    'numpy.core.numeric._frombuffer': lambda data, dtype, shape, order: np.frombuffer(
-        data, dtype
+    'numpy.core.multiarray.scalar': lambda number, data: np.frombuffer(data, number.dtype)[0],
+    'numpy.core.numeric._frombuffer': lambda data, number, shape, order: np.frombuffer(
+        data, number.dtype
     ).reshape(shape, order=order),
-    'numpy.dtype': lambda kind, *_: np.dtype(kind, copy=True),  # its state is set: no shared one
+    'numpy.dtype': Number,
     'numpy.ndarray': 'ndarray',  # named to _reconstruct, never called
     'torch.Size': tuple,
     'torch.device': torch.device,
@@ -97,13 +119,15 @@ KNOWN: dict[str, Any] = {
     **{f'torch.{name}Storage': dtype for name, dtype in STORAGES.items()},
     **{f'torch.cuda.{name}Storage': dtype for name, dtype in STORAGES.items()},
 }
+# objects that are made without a call, and how these and others get their state
+OBJECTS = (Shell, argparse.Namespace, HistoryBuffer)
 SETTERS: dict[type, Callable[[Any, Any], None]] = {
     Shell: _set_attributes,
     argparse.Namespace: _set_attributes,
     HistoryBuffer: _set_history,
     OrderedDict: lambda *_: None,  # torch notes versions of layers there
-    np.ndarray: np.ndarray.__setstate__,
-    np.dtype: np.dtype.__setstate__,  # type: ignore[attr-defined]
+    Number: _set_order,
+    np.ndarray: _set_array,
 }
 
 
@@ -142,12 +166,15 @@ class PlainUnpickler(pickle._Unpickler):
 
     def load_reduce(self) -> None:
         """Call a function of the table."""
-        self._check_known(self.stack[-2])
+        function = self.stack[-2]
+        if function in OBJECTS or not any(function is value for value in self.known.values()):
+            raise ValueError(f'it calls {function!r}, which is not allowed there')
         super().load_reduce()  # type: ignore[misc]
 
     def load_newobj(self) -> None:
-        """Make an object of a class of the table."""
-        self._check_known(self.stack[-2])
+        """Make an empty object."""
+        if self.stack[-2] not in OBJECTS:
+            raise ValueError(f'it calls {self.stack[-2]!r}, which is not allowed there')
         super().load_newobj()  # type: ignore[misc]
 
     def load_build(self) -> None:
@@ -158,10 +185,6 @@ class PlainUnpickler(pickle._Unpickler):
             if isinstance(instance, kind):
                 return set_state(instance, state)
         raise ValueError(f'it sets the state of {instance!r}, which is not allowed there')
-
-    def _check_known(self, function: Any) -> None:
-        if not any(function is value for value in self.known.values()):
-            raise ValueError(f'it calls {function!r}, which is not allowed there')
 
     def _refuse(self) -> None:
         raise ValueError('it has instructions that plain data do not need')
@@ -185,11 +208,11 @@ def refusing(path: Path) -> Iterator[None]:
         yield
     except OSError:
         raise
-    except (EOFError, zipfile.BadZipFile) as error:
-        reason = f'it is not complete: download it again ({error})'
-        raise ValueError(f'{path} was refused, nothing in it was executed: {reason}') from error
     except Exception as error:
-        raise ValueError(f'{path} was refused, nothing in it was executed: {error}') from error
+        incomplete = isinstance(error, EOFError | zipfile.BadZipFile)
+        reason = 'it is not complete, download it again' if incomplete else str(error)
+        text = f'{path} was refused, nothing in it was executed: {reason or repr(error)}'
+        raise ValueError(text) from error
 
 
 def read_plain_pickle(path: Path, known: Mapping[str, Any] | None = None) -> Any:

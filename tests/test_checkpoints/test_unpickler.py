@@ -107,9 +107,30 @@ def test_only_new_objects_take_a_state(function, state):
     assert [dict(vars(kind)) for kind in (HistoryBuffer, argparse.Namespace, Shell)] == before
 
 
+F8 = b"cnumpy\ndtype\n(S'%s'\nI00\nI00\ntR(K\x03S'>'\n%sI-1\nI-1\nI%d\ntb."
+
+
 def test_the_state_of_a_number_type_stays_with_the_file():
-    data = b"cnumpy\ndtype\n(S'f8'\nI00\nI00\ntR(K\x03S'>'\nNNNI-1\nI-1\nK\x00tb."
-    assert read(data) == np.dtype('>f8') and np.dtype('f8') == np.dtype('<f8')
+    assert read(F8 % (b'f8', b'NNN', 63)).dtype == np.dtype('>f8')
+    assert np.dtype('f8') == np.dtype('<f8') and not np.dtype('f8').hasobject
+
+
+@pytest.mark.parametrize(
+    ('data', 'message'),
+    [
+        (F8 % (b'O', b'NNN', 63), 'it has arrays of object'),
+        (F8 % (b'f8,O', b'NNN', 63), "it has arrays of .*'O'"),
+        (b"cargparse\nNamespace\n)\x81}S'__array_interface__'\n}sb.", 'it sets __array_inter'),
+        (HISTORY + b']]\x86R.', 'it calls .*HistoryBuffer'),
+        (
+            HISTORY + b")\x81}(S'_log_history'\n]S'_count_history'\n]S'max_length'\nK\x05ub.",
+            'a history of something else than numbers',
+        ),
+    ],
+)
+def test_nothing_makes_numpy_look_at_other_memory(data, message):
+    with pytest.raises(ValueError, match=message):
+        read(data)
 
 
 @pytest.mark.parametrize(
