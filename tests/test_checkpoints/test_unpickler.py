@@ -12,20 +12,11 @@ import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
+from pickles import Call
 
 from cae_mm.checkpoints.unpickler import REFUSED, PlainUnpickler, Shell, read_plain_pickle
 
 PROTOCOLS = range(6)
-
-
-class Call:
-    """Pickles as a call of ``function``."""
-
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
 
 
 def read(data):

@@ -202,6 +202,21 @@ def test_a_changed_way_back_is_found(tmp_path, monkeypatch):
         export_checkpoint(path, tmp_path / 'out', 'official', **OPTIONS)
 
 
+def test_what_the_file_tells_is_not_assumed_and_not_contradicted(tmp_path):
+    model = build()
+    meta = {'cae_mm': {'encoder': model.describe().to_dict()}}
+    state = {f'backbone.{k}': v for k, v in model.state_dict().items()}
+    torch.save({'state_dict': state, 'meta': meta}, tmp_path / 'own.pth')
+    assert not export_checkpoint(tmp_path / 'own.pth', tmp_path, 'official', **OPTIONS).remarks
+    for option in (dict(num_heads=4), dict(img_size=(12, 16)), dict(pooled=True)):
+        with pytest.raises(ValueError, match='own.pth tells .*, not .*: leave the option out'):
+            export_checkpoint(tmp_path / 'own.pth', tmp_path, 'official', **option)
+    meta['cae_mm']['encoder'].pop('depth')
+    torch.save({'state_dict': state, 'meta': meta}, tmp_path / 'own.pth')
+    with pytest.raises(ValueError, match="own.pth describes its encoder incompletely: .*'depth'"):
+        export_checkpoint(tmp_path / 'own.pth', tmp_path, 'official')
+
+
 def test_missing_packages_are_named(tmp_path, monkeypatch):
     original = builtins.__import__
 

@@ -11,6 +11,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.hooks import CheckpointHook
 from mmengine.model import BaseModel, BaseTTAModel, ImgDataPreprocessor
 from mmengine.runner import Runner
+from pickles import Call
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -99,14 +100,6 @@ def save(model, path, **more):
 
 def same(a, b):
     return all(torch.equal(v, b[k]) for k, v in a.items())
-
-
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.mark.parametrize('kind', ['mmengine', 'bare', 'safetensors'])
@@ -222,7 +215,7 @@ def test_resuming_needs_all_keys_both_ways(tmp_path, make_runner):
 
 @pytest.mark.parametrize('how', ['load_from', 'resume', 'test'])
 def test_pickles_that_execute_are_refused(tmp_path, make_runner, how):
-    path = save(trained(), tmp_path / 'a.pth', meta=Malicious(tmp_path / 'executed'))
+    path = save(trained(), tmp_path / 'a.pth', meta=Call(os.mkdir, str(tmp_path / 'executed')))
     runner = make_runner(Toy(), load_from=path, resume=how == 'resume')
     with pytest.raises(ValueError, match='a.pth was refused, nothing in it was executed: .*mkdir'):
         runner.test() if how == 'test' else runner.train()
