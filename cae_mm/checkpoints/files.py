@@ -1,7 +1,7 @@
 """Read and write weights as plain data: nothing in a file is ever executed."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from cae_mm.checkpoints.description import KEY, EncoderDescription
 from cae_mm.checkpoints.unpickler import read_plain_pickle
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checkpoint:
     """A file that was read.
 
@@ -21,26 +21,27 @@ class Checkpoint:
         path: Where it is.
         content: What mmengine's Runner or another ``torch.save`` put there; of a safetensors file
             what a Runner would have.
+        state: The weights: a nested ``state_dict`` (mmengine) or ``model`` (official code), or all.
     """
 
     path: Path
     content: Any
+    state: dict[str, Tensor] = field(init=False)
 
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """The weights: a nested ``state_dict`` (mmengine) or ``model`` (official code), or all."""
+    def __post_init__(self) -> None:
+        """Find the weights, or raise a ValueError."""
         state = self.content
         for key in ('state_dict', 'model'):
             if isinstance(state, dict) and isinstance(state.get(key), dict):
                 state = state[key]
         if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
             raise ValueError(f'{self.path} holds no state dict (a dict of tensors)')
-        return state
+        self.state = state
 
     @property
     def metadata(self) -> dict[str, Any]:
         """What this project wrote beside them: 'encoder'; 'source', 'part', 'neck' if converted."""
-        meta = self.content.get('meta') if isinstance(self.content, dict) else None
+        meta = self.content.get('meta')
         metadata = meta.get(KEY) if isinstance(meta, dict) else None
         return metadata if isinstance(metadata, dict) else {}
 
@@ -59,7 +60,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a ``.safetensors`` file, or anything of ``torch.save`` without executing its pickle.
 
     Raises:
-        ValueError: If the file needs code to be run, or is broken.
+        ValueError: If the file needs code to be run, is broken or holds no state dict.
     """
     path = Path(path)
     if path.suffix != '.safetensors':
@@ -73,7 +74,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a file, see ``read_checkpoint``."""
+    """Read the tensors of a file as ``read_checkpoint`` does."""
     return read_checkpoint(path).state
 
 
