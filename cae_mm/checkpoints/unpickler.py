@@ -94,6 +94,7 @@ def _set_attributes(instance: Any, state: dict[str, Any]) -> None:
 KNOWN: dict[str, Any] = {
     '_codecs.encode': lambda text, *_: text.encode('latin1'),  # bytes before protocol 3
     'argparse.Namespace': argparse.Namespace,
+    'builtins.bytes': lambda: b'',  # no bytes, before protocol 3
     'builtins.getattr': _statistic,
     'builtins.set': set,
     'builtins.tuple': tuple,

@@ -28,13 +28,15 @@ def test_containers_and_arrays(protocol):
     content = {
         'text': 'ä',
         'numbers': [1, -(2**40), 2.5, True, None],
-        'bytes': (b'\xff', b'x' * 300),
+        'bytes': (b'\xff', b'x' * 300, b''),
         'containers': [OrderedDict(a=1), Counter('aab'), {1, 2}],
-        'arrays': [np.arange(6.0).reshape(2, 3).T, np.arange(3, dtype='>i2'), np.array(['text'])],
-        'scalar': np.float32(2.5),
+        'arrays': [np.arange(6.0).reshape(2, 3).T, np.arange(3, dtype='>i2'), np.zeros((0, 2))],
+        'scalars': [np.float32(2.5), np.bool_(True)],
+        'others': [np.array(['text']), np.array([True, False])],
     }
     actual = read(pickle.dumps(content, protocol=protocol))
-    for a, b in zip(actual.pop('arrays'), content.pop('arrays'), strict=True):
+    arrays = [c.pop('arrays') + c.pop('others') for c in (actual, content)]
+    for a, b in zip(*arrays, strict=True):
         assert np.array_equal(a, b)
     assert actual == content
 
