@@ -21,7 +21,7 @@ def print_report(result: Conversion, console: Console) -> None:
     for column in ('theirs', 'ours', 'keys', 'note'):
         table.add_column(column, overflow='fold')
     for row in result.rows:
-        table.add_row(row.theirs, row.ours, str(row.count), row.note)
+        table.add_row(row.foreign, row.ours, str(row.count), row.note)
     console.print(table)
     for part in ('encoder', 'neck'):
         if part in result.metadata:

@@ -22,7 +22,7 @@ def print_report(result: Export, target: str, console: Console) -> None:
     for column in ('theirs', 'ours', 'keys', 'note'):
         table.add_column(column, overflow='fold')
     for row in result.rows:
-        table.add_row(row.theirs, row.ours, str(row.count), row.note)
+        table.add_row(row.foreign, row.ours, str(row.count), row.note)
     console.print(table)
     for remark in result.remarks:
         console.print(f'note: {remark}', style='yellow', highlight=False)

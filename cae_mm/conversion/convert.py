@@ -172,17 +172,17 @@ def translate(
     rules = table_for(source, state)
     if part == 'encoder':
         rules = [
-            LeaveOut(rule.theirs, note='part=encoder')
+            LeaveOut(rule.foreign, note='part=encoder')
             if rule.ours.startswith(('neck', 'head.'))
             else rule
             for rule in rules
         ]
-    found = to_ours(state, rules)
-    rest = any(not key.startswith('backbone.') for key in found.state)
+    translated = to_ours(state, rules)
+    rest = any(not key.startswith('backbone.') for key in translated.state)
     if part == 'full' and not rest:
         raise ValueError("it holds an encoder only: leave out part='full'")
-    remarks = _complete(found.state)
-    positions = [tensor for what, tensor in found.fixed.values() if what == 'positions']
+    remarks = _complete(translated.state)
+    positions = [tensor for what, tensor in translated.fixed.values() if what == 'positions']
     if not positions:
         raise ValueError(
             'it has no absolute positions, as BEiT; a CAEViT always adds its sin-cos table, which '
@@ -190,21 +190,23 @@ def translate(
         )
     grid, pretrain_grid = find_grids(positions[0])
     description = describe_weights(
-        found.state,
-        num_heads=resolve_heads(found.state, num_heads, HEADS[source], remarks),
+        translated.state,
+        num_heads=resolve_heads(translated.state, num_heads, HEADS[source], remarks),
         grid=grid,
         pretrain_grid=pretrain_grid,
-        pooled_norm=bool(found.pooled),
+        pooled_norm=bool(translated.pooled),
     )
     neck = None
-    if any(key.startswith('neck.') for key in found.state):
+    if any(key.startswith('neck.') for key in translated.state):
         official = source in ('official', 'passl')
         default = OFFICIAL_DECODER_HEADS if official else description.num_heads
-        neck = read_neck_sizes(found.state, description.embed_dims, decoder_heads, default, remarks)
-    _check_fit(found.state, description, neck, rules)
-    _check_duplicates(found, description, neck)
+        neck = read_neck_sizes(
+            translated.state, description.embed_dims, decoder_heads, default, remarks
+        )
+    _check_fit(translated.state, description, neck, rules)
+    _check_duplicates(translated, description, neck)
     part = 'full' if rest else 'encoder'
-    return Conversion(found.state, source, part, description, neck, found.rows, remarks)
+    return Conversion(translated.state, source, part, description, neck, translated.rows, remarks)
 
 
 def _complete(state: dict[str, Tensor]) -> list[str]:
@@ -240,33 +242,33 @@ def _check_fit(
         inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         match = compare_keys(module.state_dict(), inside)
         if match.problems:
-            missing = [_name_theirs(prefix + key, rules) for key in match.missing]
+            missing = [_name_foreign(prefix + key, rules) for key in match.missing]
             named = f' (in the file: {name_some(missing)})' if missing else ''
             raise ValueError(
                 f'it does not fit {type(module).__name__}: {"; ".join(match.problems)}{named}'
             )
 
 
-def _name_theirs(key: str, rules: list[Rule]) -> str:
+def _name_foreign(key: str, rules: list[Rule]) -> str:
     for rule in rules:
         values = match_key(rule.ours, key) if isinstance(rule, Move) else None
         if values is not None:
-            return rule.theirs.format(**values)
+            return rule.foreign.format(**values)
     return key
 
 
 def _check_duplicates(
-    found: Translation, description: EncoderDescription, neck: dict[str, Any] | None
+    translated: Translation, description: EncoderDescription, neck: dict[str, Any] | None
 ) -> None:
     """Compare what the file has twice, or has and we compute."""
-    for key, (ours, tensor) in found.same.items():
-        expected = found.state[ours]
+    for key, (ours, tensor) in translated.same.items():
+        expected = translated.state[ours]
         if not torch.equal(tensor, expected):
             same = tensor.shape == expected.shape
             by = (tensor - expected).abs().max().item() if same else 'its shape'
             raise ValueError(f'{key} must be the same as {ours}, but differs by {by}')
     computed = fixed_tensors(description, neck['embed_dims'] if neck else None)
-    for key, (what, tensor) in found.fixed.items():
+    for key, (what, tensor) in translated.fixed.items():
         if what not in computed:
             raise ValueError(f'{key} without the relative position tables it belongs to')
         expected = computed[what]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cae_mm.checkpoints import Checkpoint, EncoderDescription, read_checkpoint
 from cae_mm.checkpoints.pretrained import find_file
 from cae_mm.conversion.convert import PARTS, name_output, translate
-from cae_mm.conversion.rules import Row, Translation, to_theirs
+from cae_mm.conversion.rules import Row, Translation, to_foreign
 from cae_mm.conversion.sizes import OUR_HEADS, describe_weights, fixed_tensors, resolve_heads
 from cae_mm.conversion.sources import INDEX, OFFICIAL, OFFICIAL_FINETUNED, TABLE
 from cae_mm.conversion.targets import TARGETS, Target
@@ -177,10 +177,10 @@ def _to_network(
         )
     classes = len(state['head.fc.weight']) if 'head.fc.weight' in state else 0
     network = target.build(description, classes).eval()
-    result = to_theirs(state, target.rules, fixed_tensors(description), description.pooled_norm)
-    theirs = network.state_dict()
+    result = to_foreign(state, target.rules, fixed_tensors(description), description.pooled_norm)
+    other = network.state_dict()
     # the index of relative positions is stored by some versions only
-    weights = {k: v for k, v in result.state.items() if k in theirs or not k.endswith(INDEX)}
+    weights = {k: v for k, v in result.state.items() if k in other or not k.endswith(INDEX)}
     network.load_state_dict(weights)
     ours = build_encoder(description).eval()
     ours.load_state_dict(
@@ -193,7 +193,7 @@ def _to_network(
 
 @torch.no_grad()
 def compare_features(
-    ours: nn.Module, theirs: nn.Module, target: Target, description: EncoderDescription
+    ours: nn.Module, other: nn.Module, target: Target, description: EncoderDescription
 ) -> dict[torch.dtype, float]:
     """Compare both networks on a seeded random image, in float64 and float32.
 
@@ -209,7 +209,7 @@ def compare_features(
     errors = {}
     for dtype, tolerance in TOLERANCES.items():
         expected = ours.to(dtype)(images.to(dtype))[0]
-        actual = target.features(theirs.to(dtype), images.to(dtype), description.pooled_norm)
+        actual = target.features(other.to(dtype), images.to(dtype), description.pooled_norm)
         errors[dtype] = ((actual - expected).abs().max() / expected.abs().max()).item()
         if not errors[dtype] <= tolerance:
             raise RuntimeError(
@@ -228,7 +228,7 @@ def _to_official(
     has_neck = 'neck.mask_token' in state
     finetuned = 'head.fc.weight' in state or description.pooled_norm
     neck_width = state['neck.mask_token'].shape[-1] if has_neck else None
-    result = to_theirs(
+    result = to_foreign(
         state,
         OFFICIAL_FINETUNED if finetuned else OFFICIAL,
         fixed_tensors(description, neck_width),

@@ -22,7 +22,7 @@ class Rule:
     """What becomes of some keys; the subclass says which of five things.
 
     Attributes:
-        theirs: Template, or several joined by ' + ' whose tensors follow one another along the
+        foreign: Template, or several joined by ' + ' whose tensors follow one another along the
             first axis of ours.
         ours: Template with the same placeholders.
         note: For the report.
@@ -30,7 +30,7 @@ class Rule:
             to the mean of the patch tokens, False where to each token. None for all other keys.
     """
 
-    theirs: str
+    foreign: str
     ours: str = ''
     note: str = ''
     pooled: bool | None = None
@@ -60,7 +60,7 @@ class LeaveOut(Rule):
 class Row:
     """A line of the report: what became of the keys of one rule."""
 
-    theirs: str
+    foreign: str
     ours: str
     count: int
     note: str = ''
@@ -90,7 +90,7 @@ class Translation:
         notes = {Shared: 'one table for all blocks', Fixed: f'fixed {rule.ours}'}
         if count:
             note = rule.note or notes.get(type(rule), '')
-            self.rows.append(Row(rule.theirs, marks.get(type(rule), rule.ours), count, note))
+            self.rows.append(Row(rule.foreign, marks.get(type(rule), rule.ours), count, note))
 
 
 @cache
@@ -140,7 +140,7 @@ def to_ours(state: dict[str, Tensor], rules: Sequence[Rule]) -> Translation:
 
 def _take(rule: Rule, left: dict[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
     """Take what a rule names out of ``left``: first key of theirs, key of ours, and tensor."""
-    templates = rule.theirs.split(' + ')
+    templates = rule.foreign.split(' + ')
     for key in list(left):
         values = next((v for t in templates if (v := match_key(t, key)) is not None), None)
         if values is None or key not in left:  # or taken together with another
@@ -154,7 +154,7 @@ def _take(rule: Rule, left: dict[str, Tensor]) -> Iterator[tuple[str, str, Tenso
         yield keys[0], ours, parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def to_theirs(
+def to_foreign(
     state: dict[str, Tensor], rules: Sequence[Rule], fixed: dict[str, Tensor], pooled: bool
 ) -> Translation:
     """Translate our state dict back.
@@ -172,10 +172,10 @@ def to_theirs(
     for rule in rules:
         written = {}
         if isinstance(rule, Fixed) and rule.ours in fixed:
-            blocks = range(count_blocks(state) if '{i}' in rule.theirs else 1)
-            written = {rule.theirs.format(i=i): fixed[rule.ours].clone() for i in blocks}
+            blocks = range(count_blocks(state) if '{i}' in rule.foreign else 1)
+            written = {rule.foreign.format(i=i): fixed[rule.ours].clone() for i in blocks}
         elif isinstance(rule, (Move, Same)) and rule.pooled in (None, pooled):
-            templates = rule.theirs.split(' + ')
+            templates = rule.foreign.split(' + ')
             for key, tensor in state.items():
                 if (values := match_key(rule.ours, key)) is not None:
                     unknown.discard(key)

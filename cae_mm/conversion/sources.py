@@ -60,10 +60,10 @@ MMPRETRAIN_REGRESSOR_BLOCK = REGRESSOR_BLOCK | {
 }
 
 
-def _moves(names: Mapping[str, str] | Iterable[str], theirs: str, ours: str) -> list[Rule]:
-    """Put prefixes before names, given as ours -> theirs or as the same in both."""
+def _moves(names: Mapping[str, str] | Iterable[str], foreign: str, ours: str) -> list[Rule]:
+    """Put prefixes before names, given as ours -> foreign or as the same in both."""
     pairs = names.items() if isinstance(names, Mapping) else ((name, name) for name in names)
-    return [Move(theirs + new, ours + old) for old, new in pairs]
+    return [Move(foreign + new, ours + old) for old, new in pairs]
 
 
 def _relative_positions(attention: str, shared: str) -> list[Rule]:

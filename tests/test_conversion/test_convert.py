@@ -107,7 +107,7 @@ def test_official_dense_network_computes_the_same(tmp_path):
     assert sizes.img_size == (32, 32) and sizes.pretrain_img_size == (28, 28)
     assert not sizes.final_norm
     assert result.path.name == 'out_encoder.safetensors'
-    left = {row.theirs: row.note for row in result.rows if row.ours == '(left out)'}
+    left = {row.foreign: row.note for row in result.rows if row.ours == '(left out)'}
     assert set(left) == {'backbone.fpn{rest}', 'decode_head.{rest}'} and all(left.values())
     encoder, images = load(result), torch.randn(1, 3, 32, 32).double()
     state = double(state)
@@ -174,7 +174,7 @@ def test_mmpretrains_cae(tmp_path):
     assert torch.equal(
         state['neck.decoder.0.mlp.fc1.weight'], neck['decoders.0.ffn.layers.0.0.weight']
     )
-    notes = {row.theirs: row.note for row in result.rows if row.ours == '(left out)'}
+    notes = {row.foreign: row.note for row in result.rows if row.ours == '(left out)'}
     assert 'convert_dalle' in notes['target_generator.{rest}'] and 'teacher.{rest}' in notes
 
 
@@ -305,9 +305,9 @@ def test_passls_pickles_of_transposed_arrays(tmp_path, nested, protocol):
     path.write_bytes(pickle.dumps(arrays, protocol=protocol))
     result = convert_checkpoint(path, tmp_path, **HEADS)
     assert result.source == 'passl'
-    want = convert(state, tmp_path, **HEADS).state
-    assert result.state.keys() == want.keys()
-    assert all(torch.equal(result.state[key], want[key]) for key in want)
+    expected = convert(state, tmp_path, **HEADS).state
+    assert result.state.keys() == expected.keys()
+    assert all(torch.equal(result.state[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize('name', ['a.pth', 'a.pd'])
@@ -465,7 +465,7 @@ def test_sizes_and_part_are_written_beside_the_weights(tmp_path):
         )
     )
     assert all(key.startswith('backbone.') for key in file.state)
-    left = {row.theirs for row in result.rows if row.note == 'part=encoder'}
+    left = {row.foreign for row in result.rows if row.note == 'part=encoder'}
     assert {'mask_token', 'decoder.head.{p}', 'encoder_to_regresser.{p}'} <= left
     counted = sum(row.count for row in result.rows)
     assert counted == len(official.pretraining_state(24, 12))  # each key is in the report

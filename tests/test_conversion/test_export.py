@@ -94,10 +94,12 @@ def test_features_are_the_same_there(tmp_path, target, pooled):
     theirs, features = LOADERS[target](result.usage, result.path)
     theirs.eval()
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-9)):
-        want = ours.to(dtype)(IMAGES.to(dtype))[0]
+        expected = ours.to(dtype)(IMAGES.to(dtype))[0]
         theirs.to(dtype)
-        have = features(IMAGES.to(dtype))
-        torch.testing.assert_close(have, want, rtol=0, atol=tolerance * want.abs().max().item())
+        actual = features(IMAGES.to(dtype))
+        torch.testing.assert_close(
+            actual, expected, rtol=0, atol=tolerance * expected.abs().max().item()
+        )
     back = convert_checkpoint(result.path, tmp_path / 'back', num_heads=3)
     for key, value in ours.state_dict().items():
         assert torch.equal(back.state[f'backbone.{key}'], value.float())
@@ -124,8 +126,8 @@ def test_official_encoder_alone(tmp_path):
     result = export_checkpoint(path, tmp_path, 'official', **OPTIONS)
     assert result.path == tmp_path / 'own_encoder.pth' and result.errors == {}
     state = torch.load(result.path, weights_only=True)['model']
-    want = {k for k in official.pretraining_state() if k.startswith('encoder.')}
-    assert state.keys() == want
+    expected = {k for k in official.pretraining_state() if k.startswith('encoder.')}
+    assert state.keys() == expected
 
 
 @pytest.mark.parametrize('target', ['mmpretrain', 'timm'])
@@ -143,7 +145,7 @@ def test_a_classifier_goes_with_its_head(tmp_path, target):
         assert torch.equal(read_state_dict(result.path)['head.fc.bias'], head['head.fc.bias'])
     alone = export_checkpoint(path, tmp_path / 'out', target, part='encoder', **OPTIONS)
     assert alone.path.name.startswith('out_encoder')
-    assert [(row.ours, row.count) for row in alone.rows if row.theirs == '(left out)'] == [
+    assert [(row.ours, row.count) for row in alone.rows if row.foreign == '(left out)'] == [
         ('head.{rest}', 2)
     ]
 
@@ -165,8 +167,8 @@ def test_positions_resized_from_another_size_go_along(tmp_path):
     result = export_checkpoint(tmp_path / 'a.safetensors', tmp_path / 'b', 'mmpretrain')
     assert not result.remarks
     table = read_state_dict(result.path)['backbone.pos_embed']
-    want = model.positions((3, 5), torch.device('cpu'))
-    assert torch.equal(table[0, 1:], want) and not table[0, 0].any()
+    expected = model.positions((3, 5), torch.device('cpu'))
+    assert torch.equal(table[0, 1:], expected) and not table[0, 0].any()
     pytest.importorskip('transformers')
     with pytest.raises(ValueError, match='takes square images only'):
         export_checkpoint(tmp_path / 'a.safetensors', tmp_path / 'b', 'huggingface')
