@@ -23,8 +23,8 @@ from cae_mm.conversion.rules import (
     to_ours,
 )
 from cae_mm.conversion.sizes import (
+    DECODER_HEADS,
     HEADS,
-    OFFICIAL_DECODER_HEADS,
     describe_weights,
     find_grids,
     fixed_tensors,
@@ -171,42 +171,30 @@ def translate(
         raise ValueError(f"Unknown part '{part}': choose one of {PARTS}")
     rules = table_for(source, state)
     if part == 'encoder':
-        rules = [
-            LeaveOut(rule.foreign, note='part=encoder')
-            if rule.ours.startswith(('neck', 'head.'))
-            else rule
-            for rule in rules
-        ]
+        rest = [rule for rule in rules if rule.ours.startswith(('neck', 'head.'))]
+        left_out = {rule: LeaveOut(rule.foreign, note='part=encoder') for rule in rest}
+        rules = [left_out.get(rule, rule) for rule in rules]
     translated = to_ours(state, rules)
-    rest = any(not key.startswith('backbone.') for key in translated.state)
-    if part == 'full' and not rest:
+    ours = translated.state
+    part_there = 'encoder' if all(key.startswith('backbone.') for key in ours) else 'full'
+    if part == 'full' != part_there:
         raise ValueError("it holds an encoder only: leave out part='full'")
-    remarks = _complete(translated.state)
-    positions = [tensor for what, tensor in translated.fixed.values() if what == 'positions']
-    if not positions:
-        raise ValueError(
-            'it has no absolute positions, as BEiT; a CAEViT always adds its sin-cos table, which '
-            'would change all features'
-        )
-    grid, pretrain_grid = find_grids(positions[0])
+    remarks = _complete(ours)
+    grid, pretrain_grid = find_grids(translated.fixed)
     description = describe_weights(
-        translated.state,
-        num_heads=resolve_heads(translated.state, num_heads, HEADS[source], remarks),
+        ours,
+        num_heads=resolve_heads(ours, num_heads, HEADS[source], remarks),
         grid=grid,
         pretrain_grid=pretrain_grid,
         pooled_norm=bool(translated.pooled),
     )
     neck = None
-    if any(key.startswith('neck.') for key in translated.state):
-        official = source in ('official', 'passl')
-        default = OFFICIAL_DECODER_HEADS if official else description.num_heads
-        neck = read_neck_sizes(
-            translated.state, description.embed_dims, decoder_heads, default, remarks
-        )
-    _check_fit(translated.state, description, neck, rules)
+    if any(key.startswith('neck.') for key in ours):
+        default = DECODER_HEADS.get(source, description.num_heads)
+        neck = read_neck_sizes(ours, description.embed_dims, decoder_heads, default, remarks)
+    _check_fit(ours, description, neck, rules)
     _check_duplicates(translated, description, neck)
-    part = 'full' if rest else 'encoder'
-    return Conversion(translated.state, source, part, description, neck, translated.rows, remarks)
+    return Conversion(ours, source, part_there, description, neck, translated.rows, remarks)
 
 
 def _complete(state: dict[str, Tensor]) -> list[str]:

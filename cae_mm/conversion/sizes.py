@@ -21,7 +21,7 @@ HEADS = dict.fromkeys(SOURCES, OUR_HEADS) | dict.fromkeys(('official', 'passl'),
 # official fine-tuning without relative position bias looks as timm's: assume what both agree on
 HEADS['timm'] = {D: n for D, n in OUR_HEADS.items() if OFFICIAL_HEADS[D] == n}
 # the option for the decoder's heads never reaches the official model, which has 12 at any width
-OFFICIAL_DECODER_HEADS = 12
+DECODER_HEADS = {'official': 12, 'passl': 12}
 PRETRAIN_GRID = (14, 14)  # of all published weights: 224 px, patches of 16
 CPU = torch.device('cpu')
 
@@ -85,12 +85,21 @@ def resolve_heads(
     return published[width]
 
 
-def find_grids(table: Tensor) -> tuple[Grid, Grid]:
-    """Find the grid whose sin-cos positions a table has, and that from which they are resized.
+def find_grids(fixed: dict[str, tuple[str, Tensor]]) -> tuple[Grid, Grid]:
+    """Find the grid whose sin-cos positions a file has, and that from which they are resized.
+
+    Args:
+        fixed: See ``Translation``.
 
     Raises:
         ValueError: If there is none.
     """
+    table = next((tensor for what, tensor in fixed.values() if what == 'positions'), None)
+    if table is None:
+        raise ValueError(
+            'it has no absolute positions, as BEiT; a CAEViT always adds its sin-cos table, which '
+            'would change all features'
+        )
     N, D = table.shape[-2] - 1, table.shape[-1]
     errors: dict[float, tuple[Grid, Grid]] = {}
     for base in (None, PRETRAIN_GRID):
