@@ -1,13 +1,19 @@
-"""Tiny models and batches that the tests share."""
+"""Tiny models, batches and folders that the tests share, and tools run in this process."""
 
+import runpy
+import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.registry import MODELS
 from mmpretrain.structures import DataSample
+from PIL import Image
 
 import cae_mm.registry  # noqa: F401
 
+ROOT = Path(__file__).parent.parent
 PATCH, GRID, WIDTH, VOCAB = 4, (4, 4), 16, 32
 
 
@@ -67,3 +73,24 @@ def make_batch(
     N = grid[0] * grid[1]
     masks = torch.rand(batch_size, N, generator=generator).argsort(1) < masked
     return views, [DataSample(mask=mask) for mask in masks]
+
+
+def make_images(folder: Path, classes: dict[str, int], count: int) -> Path:
+    """A labelled folder with images of noise, for each class up to a brightness."""
+    rng = np.random.default_rng(0)
+    for name, brightness in classes.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(brightness, size=(24, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f'{i}.png')
+    return folder
+
+
+def run_tool(name: str, *arguments: Any) -> None:
+    """Run a tool as from the command line, in this process to save the imports."""
+    tool, argv = str(ROOT / 'tools' / name), sys.argv
+    sys.argv = [tool, *map(str, arguments)]
+    try:
+        runpy.run_path(tool, run_name='__main__')
+    finally:
+        sys.argv = argv

@@ -1,4 +1,4 @@
-"""The encoder that a config describes, and the features that it gives to whole images."""
+"""The encoder that a config describes, and its features of whole images."""
 
 import inspect
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cae_mm.checkpoints import load_pretrained
 from cae_mm.models import CAEDataPreprocessor, CAEViT
 from cae_mm.patches import to_pair
+from cae_mm.precision import choose_precision
 
 FEATURES = ('cls', 'mean')
 RANDOM = 'random'
@@ -24,28 +25,30 @@ class Encoder:
 
     Args:
         backbone: A ``CAEViT``, or a backbone of mmpretrain that returns raw tokens or maps.
-        normalizer: Normalises the images; moved to the backbone's device.
-        features: Which features to give: 'cls', the class token after the final norm, or 'mean',
-            the mean over the patch tokens (of a convolutional net: over the map).
+        cfg: Its config.
+        features: Which features to return: 'cls', the class token after the final norm, or
+            'mean', the mean over the patch tokens (of a convolutional net: over the map).
+        precision: Of matrix products and convolutions, see ``choose_precision``.
     """
 
     def __init__(
-        self, backbone: nn.Module, normalizer: CAEDataPreprocessor, features: Sequence[str]
+        self, backbone: nn.Module, cfg: Config, features: Sequence[str], precision: str = 'auto'
     ) -> None:
-        self.backbone = backbone
-        self.device = next(backbone.parameters()).device
-        self.normalizer = normalizer.to(self.device)
         for name in features:
             if name not in FEATURES:
                 raise ValueError(f"Unknown feature '{name}': choose one of {FEATURES}")
-        self.features = tuple(features)
+        self.backbone, self.cfg, self.features = backbone, cfg, tuple(features)
+        self.size = read_size(cfg)
+        self.device = next(backbone.parameters()).device
+        self.normalizer = read_normalizer(cfg).to(self.device)
+        self.precision = choose_precision(self.device.type, precision)
         # mmpretrain's backbones of masked pretraining mask their input unless told otherwise
         takes_mask = 'mask' in inspect.signature(backbone.forward).parameters
         self._whole_images = {'mask': None} if takes_mask else {}
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Give the features of a batch; the backbone must be in eval mode.
+        """Return the features of a batch; the backbone must be in eval mode.
 
         Args:
             images: uint8 tensor with shape (B, 3, H, W), BGR.
@@ -54,25 +57,26 @@ class Encoder:
             float32 tensor with shape (B, F, D), the features in the order of ``features``.
         """
         x = self.normalizer({'inputs': images})['inputs'][0]
-        if isinstance(self.backbone, CAEViT):
-            tokens, extra = self.backbone.forward_features(x), 1
-        else:
-            tokens = self.backbone(x, **self._whole_images)[-1]
-            extra = getattr(self.backbone, 'num_extra_tokens', 0)
+        with self.precision.autocast(self.device.type):
+            if isinstance(self.backbone, CAEViT):
+                tokens, extra = self.backbone.forward_features(x), 1
+            else:
+                tokens = self.backbone(x, **self._whole_images)[-1]
+                extra = getattr(self.backbone, 'num_extra_tokens', 0)
         return torch.stack([self._pool(tokens, extra, name) for name in self.features], dim=1)
 
     def _pool(self, x: Tensor, extra: int, feature: str) -> Tensor:
         name = type(self.backbone).__name__
         if x.ndim not in (3, 4) or not x.is_floating_point():
             raise ValueError(
-                f'{name} gives neither tokens nor a map, but {x.dtype} of shape {tuple(x.shape)}: '
-                'give the config of a classifier'
+                f'{name} returns neither tokens nor a map, but {x.dtype} of shape '
+                f'{tuple(x.shape)}: use the config of a classifier'
             )
         if feature == 'cls' and (x.ndim == 4 or not extra):
             raise ValueError(f"{name} has no class token: use the feature 'mean'")
         if feature == 'cls':
-            return x[:, 0].float()
-        return (x.flatten(2).mean(2) if x.ndim == 4 else x[:, extra:].mean(1)).float()  # [B, D]
+            return x[:, 0].float()  # [B, D]
+        return (x.flatten(2).mT if x.ndim == 4 else x[:, extra:]).float().mean(1)  # [B, D]
 
 
 def load_encoder(
@@ -80,36 +84,35 @@ def load_encoder(
     checkpoint: str | Path,
     *,
     features: Sequence[str],
-    prefix: str,
-    seed: int,
-    device: str,
+    precision: str = 'auto',
+    device: str = 'cpu',
+    prefix: str = 'backbone.',
+    seed: int = 0,
 ) -> Encoder:
-    """Build the backbone of a config with the weights of a checkpoint.
+    """Build an ``Encoder`` with the weights of a checkpoint, in eval mode, and try it.
 
     Args:
         cfg: Config whose model is ``cae_mm.CAE``, or any whose model has a CAEViT or a backbone of
             mmpretrain as ``backbone``: a classifier, or a pretraining like MAE.
         checkpoint: File to load, or 'random' for a new initialisation.
         features: See ``Encoder``.
+        precision: See ``Encoder``.
+        device: Where to put it.
         prefix: Of the backbone's keys in the file.
         seed: Of the random initialisation.
-        device: Where to put it.
-
-    Raises:
-        ValueError: If the config has no usable backbone, or the weights do not fit it.
     """
-    backbone: Any = load_backbone(cfg, checkpoint, prefix=prefix, seed=seed)
+    backbone: Any = load_backbone(cfg, checkpoint, prefix, seed)
     if hasattr(backbone, 'out_type'):  # of mmpretrain's transformers
         backbone.out_type = 'raw'
     backbone.to(device)
     backbone.eval()  # a statement of its own, since mmpretrain's transformers return None
-    encoder = Encoder(backbone, read_normalizer(cfg), features)
-    encoder(torch.zeros(1, 3, *read_size(cfg), dtype=torch.uint8))  # say now what does not fit
+    encoder = Encoder(backbone, cfg, features, precision)
+    encoder(torch.zeros(1, 3, *encoder.size, dtype=torch.uint8))  # say now what does not fit
     return encoder
 
 
 def load_backbone(
-    cfg: Config, checkpoint: str | Path, *, prefix: str, seed: int = 0, **changes: Any
+    cfg: Config, checkpoint: str | Path, prefix: str = 'backbone.', seed: int = 0
 ) -> nn.Module:
     """Build ``model.backbone`` with the weights of a checkpoint instead of its ``init_cfg``.
 
@@ -118,24 +121,21 @@ def load_backbone(
         checkpoint: File to load, or 'random' for a new initialisation.
         prefix: Of the backbone's keys in the file.
         seed: Of the random initialisation.
-        changes: Options of the backbone to replace.
 
     Raises:
         ValueError: If the config has no ``model.backbone``, or the weights do not fit it.
     """
-    options = _backbone_options(cfg)
-    options.pop('init_cfg', None)
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmpretrain')):
         torch.manual_seed(seed)
-        backbone = MODELS.build(options | changes)
-    if checkpoint == RANDOM:
-        logger = MMLogger.get_current_instance()
-        level = logger.level
-        logger.setLevel('WARNING')  # mmengine reports four lines for each parameter
-        backbone.init_weights()
-        logger.setLevel(level)
-    else:
+        backbone = MODELS.build(_backbone_options(cfg))
+    if checkpoint != RANDOM:
         load_pretrained(backbone, checkpoint, prefix)
+        return backbone
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel('WARNING')  # mmengine reports four lines for each parameter
+    backbone.init_weights()
+    logger.setLevel(level)
     return backbone
 
 
@@ -146,6 +146,9 @@ def read_size(cfg: Config) -> tuple[int, int]:
 
 def read_normalizer(cfg: Config) -> CAEDataPreprocessor:
     """Make what normalises BGR images (view 1 in pretraining) as a config says.
+
+    Reads ``model.data_preprocessor`` or ``data_preprocessor`` of mmpretrain, mmseg and mmdet; a
+    ``cae_mm.CAE`` that names none has the defaults of ``CAEDataPreprocessor``.
 
     Raises:
         ValueError: If the config says nothing of it.
@@ -168,7 +171,7 @@ def _backbone_options(cfg: Config) -> dict[str, Any]:
     options = cfg.get('model', {}).get('backbone')
     if options is None:
         raise ValueError(f'{_name(cfg)} has no model.backbone')
-    return dict(options)
+    return {key: value for key, value in options.items() if key != 'init_cfg'}
 
 
 def _name(cfg: Config) -> str:

@@ -1,9 +1,9 @@
-"""Features of labelled folders: read and crop images, run the encoder, keep the result on disk."""
+"""Features of labelled folders: read and crop images, run the encoder, keep the result."""
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision.transforms.functional as TF
-from mmengine.config import Config
 from numpy.lib.format import open_memmap
 from PIL import Image
 from torch import Tensor
@@ -20,18 +19,14 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 from cae_mm.datasets import LoadImage
-from cae_mm.evaluation.encoder import Encoder, read_size
+from cae_mm.evaluation.encoder import Encoder
 
 CROP_RATIO = 224 / 256  # share of the resized short edge that the crop keeps
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.webp')
 
 
 def labelled_images(folder: str | Path, size: tuple[int, int]) -> ImageFolder:
-    """List the images of a folder whose sub-folders are the classes.
-
-    Args:
-        folder: The folder.
-        size: Height and width of the central crops.
+    """List the images of a folder whose sub-folders are the classes, for crops of ``size``.
 
     Returns:
         Data set of (uint8 tensor (3, H, W), BGR; class index), classes and files by name.
@@ -67,14 +62,8 @@ def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
 def central_crop(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """Resize so that the crop keeps 224/256 of the short edge, crop the centre.
 
-    Bicubic and antialiased (Pillow), the usual protocol on ImageNet.
-
-    Args:
-        image: Image with three channels.
-        size: Height and width of the crop.
-
-    Returns:
-        uint8 tensor with shape (3, H, W).
+    Bicubic and antialiased (Pillow), the usual protocol on ImageNet. Returns a uint8 tensor with
+    shape (3, H, W) for ``size`` (H, W).
     """
     scale = max(size[0] / image.height, size[1] / image.width) / CROP_RATIO
     short = max(round(scale * min(image.size)), 1)
@@ -94,11 +83,10 @@ def extract_features(
     rows: Sequence[int],
     *,
     batch_size: int,
-    num_workers: int,
-    title: str | None,
-    total: int | None = None,
+    num_workers: int | None = None,
+    title: str | None = None,
 ) -> Iterator[Tensor]:
-    """Give the features of some images batch by batch, with a progress bar.
+    """Yield the features of some images batch by batch, with a progress bar.
 
     The global random generators are not touched.
 
@@ -107,80 +95,75 @@ def extract_features(
         images: See ``labelled_images``.
         rows: Which of them, in this order.
         batch_size: Images in a batch.
-        num_workers: Processes that read images; 0 reads in this one.
+        num_workers: Processes that read images; 0 reads in this one, None takes up to four, not
+            more than this process has cores.
         title: Of the bar; None shows none.
-        total: Number at which the bar is full; default that of ``rows``, which are its last ones.
 
     Yields:
         float32 tensors with shape (B, F, D) on the CPU.
     """
-    total = len(rows) if total is None else total
     loader = DataLoader(
         Subset(images, rows),
         batch_size=batch_size,
-        num_workers=num_workers,
+        num_workers=min(_count_cores(), 4) if num_workers is None else num_workers,
         pin_memory=encoder.device.type == 'cuda',
         generator=torch.Generator(),  # else the loader takes a number from the global one
     )
-    with tqdm(
-        desc=title,
-        total=total,
-        initial=total - len(rows),
-        unit=' images',
-        dynamic_ncols=True,
-        leave=False,
-        disable=title is None,
-    ) as bar:
+    bar = dict(unit=' images', dynamic_ncols=True, leave=False, disable=title is None)
+    with tqdm(desc=title, total=len(rows), **bar) as progress:
         for batch, _ in loader:
-            features = encoder(batch).cpu()
-            yield features
-            bar.update(len(features))
+            yield encoder(batch).cpu()
+            progress.update(len(batch))
 
 
 def cached_features(
-    folder: Path,
-    fingerprint: dict[str, str],
-    num_rows: int,
-    extract: Callable[[range], Iterator[Tensor]],
-    report: Callable[[str], None],
+    folder: Path, encoder: Encoder, images: ImageFolder, **loading: Any
 ) -> np.ndarray:
-    """Give the features that lie in ``folder``, after extracting what is missing.
+    """Return the features that lie in ``folder``, after extracting what is missing; say which.
 
     ``features.npy`` is a memory-mapped array of all rows; ``state.json`` says how many of them are
-    finished and what they are features of. It is written after each batch, so that a stopped run
-    goes on where it was. With the same batch size the result is then bit for bit that of a run
-    that was not stopped; with another one, equal up to rounding.
+    finished and what they are features of: all that they depend on. It is written after each
+    batch, so that a stopped run goes on where it was. With the same batch size the result is then
+    bit for bit that of a run that was not stopped; with another one, equal up to rounding.
 
     Args:
-        folder: Made if it is missing.
-        fingerprint: What the features depend on. If the folder's is another, all are extracted
-            anew.
-        num_rows: Number of images.
-        extract: Gives the features of a range of rows batch by batch, each (B, F, D).
-        report: Is told in words what was found.
+        folder: Made if it is missing. Features of anything else in it are replaced.
+        encoder: Its backbone must be in eval mode.
+        images: See ``labelled_images``.
+        loading: Options of ``extract_features``.
 
     Returns:
-        Read-only memory-mapped float32 array with shape (num_rows, F, D).
+        Read-only memory-mapped float32 array with shape (N, F, D).
     """
     array_file, state_file = folder / 'features.npy', folder / 'state.json'
-    done = _finished_rows(array_file, state_file, fingerprint, report)
-    if done:
-        report(f'{folder}: {done} of {num_rows} images are in the cache')
+    fingerprint = make_fingerprint(encoder, images)
+    done = 0
+    if state_file.is_file() and array_file.is_file():
+        state = json.loads(state_file.read_text())
+        old = state['fingerprint']
+        stale = [kind for kind, value in fingerprint.items() if old.get(kind) != value]
+        if stale:
+            print(f'{array_file} is of other {" and ".join(stale)}: extracting anew')
+        else:
+            done = state['done']
+            print(f'{folder}: {done} of {len(images)} images are in the cache')
     folder.mkdir(parents=True, exist_ok=True)
     array = open_memmap(array_file, mode='r+') if done else None
-    for batch in extract(range(done, num_rows)) if done < num_rows else ():
+    for batch in extract_features(encoder, images, range(done, len(images)), **loading):
         if array is None:
             state_file.unlink(missing_ok=True)  # the array under it is about to go
-            shape = (num_rows, *batch.shape[1:])
+            shape = (len(images), *batch.shape[1:])
             array = open_memmap(array_file, mode='w+', dtype=np.float32, shape=shape)
         array[done : done + len(batch)] = batch.numpy()
         array.flush()
         done += len(batch)
-        _write_json(state_file, {'done': done, 'fingerprint': fingerprint})
+        draft = state_file.with_suffix('.tmp')  # a stop leaves the old or the new file, not half
+        draft.write_text(json.dumps({'done': done, 'fingerprint': fingerprint}))
+        draft.replace(state_file)
     return np.load(array_file, mmap_mode='r')
 
 
-def make_fingerprint(cfg: Config, encoder: Encoder, images: ImageFolder) -> dict[str, str]:
+def make_fingerprint(encoder: Encoder, images: ImageFolder) -> dict[str, str]:
     """Everything that features depend on, as strings by kind.
 
     Image files count by name, size and time of change, not by content.
@@ -197,11 +180,12 @@ def make_fingerprint(cfg: Config, encoder: Encoder, images: ImageFolder) -> dict
     normalizer = encoder.normalizer
     mean, std = (values[0].flatten().tolist() for values in (normalizer.means, normalizer.stds))
     return {
-        'backbone': repr(sorted(cfg.model.backbone.items())),
+        'backbone': repr(sorted(encoder.cfg.model.backbone.items())),
         'weights': weights.hexdigest(),
         'images': files.hexdigest(),
-        'preprocessing': repr((read_size(cfg), CROP_RATIO, mean, std, normalizer.to_rgb)),
+        'preprocessing': repr((encoder.size, CROP_RATIO, mean, std, normalizer.to_rgb)),
         'features': ', '.join(encoder.features),
+        'precision': str(encoder.precision.dtype),
     }
 
 
@@ -211,24 +195,7 @@ def subset_rows(images: ImageFolder, max_images: int | None) -> list[int]:
     return sorted(rows[:max_images].tolist())
 
 
-def _finished_rows(
-    array_file: Path,
-    state_file: Path,
-    fingerprint: dict[str, str],
-    report: Callable[[str], None],
-) -> int:
-    if not (state_file.is_file() and array_file.is_file()):
-        return 0
-    state = json.loads(state_file.read_text())
-    stale = [kind for kind, value in fingerprint.items() if state['fingerprint'].get(kind) != value]
-    if stale:
-        report(f'{array_file} is of other {" and ".join(stale)}: extracting anew')
-        return 0
-    return state['done']
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write so that a stop at any time leaves the old or the new file, never half of one."""
-    draft = path.with_suffix('.tmp')
-    draft.write_text(json.dumps(content))
-    draft.replace(path)
+def _count_cores() -> int:
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

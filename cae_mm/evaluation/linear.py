@@ -17,6 +17,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
@@ -136,25 +137,6 @@ def linear_sweep(
     }
 
 
-class LinearClassifiers(nn.Module):
-    """L linear classifiers side by side, all with the same initial weights.
-
-    Args:
-        weight: Initial weights, shape (C, D); biases start at zero.
-        count: Number of classifiers L.
-    """
-
-    def __init__(self, weight: Tensor, count: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight.repeat(count, 1, 1))  # [L, C, D]
-        self.bias = nn.Parameter(weight.new_zeros(self.weight.shape[:2]))  # [L, C]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits of ``x``, shape (B, D), with shape (B, L, C)."""
-        logits = F.linear(x, self.weight.flatten(0, 1), self.bias.flatten())  # [B, L*C]
-        return logits.unflatten(1, self.bias.shape)
-
-
 @torch.enable_grad()
 def train_sweep(
     x: Tensor,
@@ -164,7 +146,7 @@ def train_sweep(
     *,
     seed: int,
     epochs: int,
-) -> LinearClassifiers:
+) -> nn.Sequential:
     """Train one linear classifier per learning rate, all on the same batches.
 
     SGD with momentum 0.9, no weight decay, cosine to 0 over all steps, weights from a normal
@@ -178,10 +160,17 @@ def train_sweep(
         lrs: L learning rates.
         seed: Of initial weights and order.
         epochs: Passes over the features.
+
+    Returns:
+        All of them side by side: features with shape (B, D) to logits with shape (B, L, C).
     """
     generator = torch.Generator().manual_seed(seed)
     weight = 0.01 * torch.randn(num_classes, x.shape[1], generator=generator)
-    model = LinearClassifiers(weight.to(x.device), len(lrs))
+    linear = skip_init(nn.Linear, x.shape[1], len(lrs) * num_classes, device=x.device)
+    linear.load_state_dict(
+        {'weight': weight.repeat(len(lrs), 1), 'bias': torch.zeros(linear.out_features)}
+    )
+    model = nn.Sequential(linear, nn.Unflatten(1, (len(lrs), num_classes)))
     rates = torch.tensor(lrs, device=x.device)
     # a loss weighted by r moves its own weights, under SGD with lr 1, as lr r moves them unweighted
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)

@@ -10,7 +10,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
-from cae_mm.evaluation.encoder import Encoder, read_normalizer, read_size
+from cae_mm.evaluation.encoder import Encoder, read_size
 from cae_mm.evaluation.features import (
     check_same_classes,
     extract_features,
@@ -35,6 +35,7 @@ class KNNHook(Hook):
         k: Number of neighbours.
         max_images: Take at most so many images of each folder, drawn at random once and for all.
         feature: 'mean' of the patch tokens, or 'cls', the class token.
+        precision: Of matrix products and convolutions, see ``choose_precision``.
         batch_size: Images in a batch, for each process.
         num_workers: Processes that read images, for each process.
     """
@@ -50,6 +51,7 @@ class KNNHook(Hook):
         k: int = 20,
         max_images: int | None = None,
         feature: str = 'mean',
+        precision: str = 'auto',
         batch_size: int = 64,
         num_workers: int = 0,
     ) -> None:
@@ -58,16 +60,11 @@ class KNNHook(Hook):
         self.k = k
         self.max_images = max_images
         self.feature = feature
+        self.precision = precision
         self.loading: dict[str, Any] = dict(batch_size=batch_size, num_workers=num_workers)
 
     def before_train(self, runner: Runner) -> None:
-        """List the images and check everything that can be wrong.
-
-        Raises:
-            FileNotFoundError: If a folder is missing or has no classes.
-            ValueError: If the classes of the two differ, there are too few images, the training
-                goes by iterations, or the Runner was not made from a config.
-        """
+        """List the images and check everything that can be wrong."""
         if not isinstance(runner.train_loop, EpochBasedTrainLoop):
             raise ValueError('KNNHook counts epochs: set train_cfg.type to EpochBasedTrainLoop')
         if not runner.cfg.get('model'):
@@ -77,7 +74,8 @@ class KNNHook(Hook):
         self.subsets = [(images, subset_rows(images, self.max_images)) for images in (train, val)]
         check_neighbors([self.k], len(self.subsets[0][1]))
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        self.encoder = Encoder(model.backbone, read_normalizer(runner.cfg), [self.feature])
+        self.encoder = Encoder(model.backbone, runner.cfg, [self.feature], self.precision)
+        runner.logger.info(f'features for kNN in {self.encoder.precision}')
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Measure and log."""

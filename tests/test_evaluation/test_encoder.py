@@ -4,9 +4,8 @@ from builders import build_cae, cae_config
 from mmengine.config import Config
 from torch import nn
 
-from cae_mm.evaluation import Encoder, load_backbone, load_encoder
-from cae_mm.evaluation.encoder import read_normalizer, read_size
-from cae_mm.models import CAEDataPreprocessor
+from cae_mm import precision
+from cae_mm.evaluation.encoder import Encoder, load_encoder, read_normalizer, read_size
 
 VIT = dict(
     type='mmpretrain.VisionTransformer',
@@ -24,8 +23,9 @@ def images():
     return torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)
 
 
-def load(cfg, checkpoint='random', features=('cls', 'mean'), prefix='backbone.', seed=0):
-    return load_encoder(cfg, checkpoint, features=features, prefix=prefix, seed=seed, device='cpu')
+def load(cfg, checkpoint='random', **options):
+    options = dict(features=('cls', 'mean'), precision='float32') | options
+    return load_encoder(cfg, checkpoint, **options)
 
 
 def classifier(backbone):
@@ -85,35 +85,36 @@ def test_random_encoders_are_seeded(images):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_options_can_be_replaced():
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
+def test_precision_is_that_of_the_device_or_asked_for(images, monkeypatch, dtype):
+    monkeypatch.setattr(precision, '_for_cpu', lambda: precision.Precision(dtype, 'a test'))
     cfg = Config(dict(model=cae_config()))
-    backbone = load_backbone(cfg, 'random', prefix='', out_type='cls_token')
-    assert backbone(torch.zeros(1, 3, 16, 16))[0].shape == (1, 16)
+    auto, full = load(cfg, precision='auto'), load(cfg)
+    assert (auto.precision.dtype, full.precision.dtype) == (dtype, torch.float32)
+    assert auto(images).dtype == full(images).dtype == torch.float32
+    torch.testing.assert_close(auto(images), full(images), rtol=0.05, atol=0.05)
+    assert torch.equal(auto(images), full(images)) is (dtype == torch.float32)
+    with pytest.raises(ValueError, match="Unknown precision 'int8': choose one of"):
+        load(cfg, precision='int8')
+
+
+OURS = dict(type='cae_mm.CAEDataPreprocessor')
+SEVEN = dict(mean=[7] * 3, std=[1] * 3)
 
 
 @pytest.mark.parametrize(
-    ('model', 'top', 'mean', 'to_rgb'),
+    ('inside', 'at_top', 'mean', 'to_rgb'),
     [
-        (cae_config(), {}, 123.675, True),
-        (cae_config(data_preprocessor=dict(type='cae_mm.CAEDataPreprocessor')), {}, 123.675, True),
-        (
-            cae_config(data_preprocessor=dict(type='cae_mm.CAEDataPreprocessor', to_rgb=False)),
-            {},
-            123.675,
-            False,
-        ),
-        (dict(backbone=VIT), dict(data_preprocessor=NORMALIZATION), 1.0, True),
-        (
-            dict(backbone=VIT, data_preprocessor=dict(mean=[7] * 3, std=[1] * 3, bgr_to_rgb=True)),
-            {},
-            7,
-            True,
-        ),
-        (dict(backbone=VIT, data_preprocessor=dict(mean=[7] * 3, std=[1] * 3)), {}, 7, False),
+        (cae_config(), None, 123.675, True),
+        (cae_config(data_preprocessor=OURS), None, 123.675, True),
+        (cae_config(data_preprocessor=OURS | dict(to_rgb=False)), None, 123.675, False),
+        (dict(type='ImageClassifier'), NORMALIZATION, 1.0, True),
+        (dict(data_preprocessor=SEVEN | dict(bgr_to_rgb=True)), None, 7, True),
+        (dict(data_preprocessor=SEVEN), None, 7, False),
     ],
 )
-def test_normalisation_is_the_configs(model, top, mean, to_rgb):
-    normalizer = read_normalizer(Config(dict(type='ImageClassifier', model=model, **top)))
+def test_normalisation_is_the_configs(inside, at_top, mean, to_rgb):
+    normalizer = read_normalizer(Config(dict(model=inside, data_preprocessor=at_top)))
     assert normalizer.means[0].flatten()[0] == pytest.approx(mean)
     assert normalizer.to_rgb is to_rgb
 
@@ -138,8 +139,8 @@ class Flat(nn.Linear):
 
 
 def test_other_outputs_are_refused(images):
-    encoder = Encoder(Flat(1, 1), CAEDataPreprocessor(), ['mean'])
-    with pytest.raises(ValueError, match=r'Flat gives neither tokens nor a map.*\(3, 768\): give'):
+    encoder = Encoder(Flat(1, 1), Config(dict(model=cae_config())), ['mean'])
+    with pytest.raises(ValueError, match=r'Flat returns neither tokens nor a map.*\(3, 768\): use'):
         encoder(images)
 
 

@@ -5,31 +5,22 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from builders import cae_config
+from builders import cae_config, make_images
 from mmengine.config import Config
 from PIL import Image
 
-from cae_mm.evaluation import (
+from cae_mm.evaluation.encoder import load_encoder
+from cae_mm.evaluation.features import (
     cached_features,
+    central_crop,
     check_same_classes,
     extract_features,
     labelled_images,
-    load_encoder,
-    make_fingerprint,
+    subset_rows,
 )
-from cae_mm.evaluation.features import central_crop, subset_rows
 
 SIZE = (16, 16)
-
-
-def make_folder(folder, classes=('cat', 'dog'), count=7):
-    rng = np.random.default_rng(0)
-    for name in classes:
-        (folder / name).mkdir(parents=True)
-        for i in range(count):
-            image = Image.fromarray(rng.integers(256, size=(24, 20, 3), dtype=np.uint8))
-            image.save(folder / name / f'{i}.png')
-    return folder
+CLASSES = dict(cat=255, dog=255)
 
 
 @pytest.fixture
@@ -42,20 +33,18 @@ def encoder(cfg):
     return load(cfg)
 
 
-def load(cfg, features=('cls', 'mean'), seed=0):
-    return load_encoder(cfg, 'random', features=features, prefix='', seed=seed, device='cpu')
+def load(cfg, features=('cls', 'mean'), seed=0, precision='float32'):
+    return load_encoder(cfg, 'random', features=features, seed=seed, precision=precision)
 
 
 @pytest.fixture
 def images(tmp_path):
-    return labelled_images(make_folder(tmp_path / 'images'), SIZE)
+    return labelled_images(make_images(tmp_path / 'images', CLASSES, 7), SIZE)
 
 
 def extract(encoder, images, rows, batch_size=4, num_workers=0):
-    batches = extract_features(
-        encoder, images, rows, batch_size=batch_size, num_workers=num_workers, title=None
-    )
-    return torch.cat(list(batches))
+    options = dict(batch_size=batch_size, num_workers=num_workers)
+    return torch.cat(list(extract_features(encoder, images, rows, **options)))
 
 
 def test_features_do_not_depend_on_batch_and_order(encoder, images):
@@ -77,6 +66,12 @@ def test_data_workers_change_nothing_and_no_random_number_is_drawn(encoder, imag
     actual = extract(encoder, images, range(14), num_workers=2)
     assert torch.equal(actual, expected)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_workers_fit_the_machine(encoder, images, monkeypatch):
+    """Of more workers than cores torch warns, and warnings are errors here."""
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {0})
+    extract(encoder, images, range(4), num_workers=None)
 
 
 def test_crop_is_that_of_the_usual_protocol():
@@ -110,74 +105,69 @@ class Interrupted(Exception):
 
 
 class Cache:
-    """A cache and what it said; ``stop_after`` batches it is interrupted."""
+    """A cache and the sizes of the batches that were extracted for it."""
 
-    def __init__(self, folder, cfg):
-        self.folder, self.cfg, self.said, self.extracted = folder, cfg, [], []
+    def __init__(self, folder):
+        self.folder, self.extracted = folder, []
 
     def get(self, encoder, images, stop_after=None):
-        def extract_some(rows):
-            options = dict(batch_size=4, num_workers=0, title=None)
-            for i, batch in enumerate(extract_features(encoder, images, rows, **options)):
-                if i == stop_after:
-                    raise Interrupted
-                self.extracted.append(len(batch))
-                yield batch
+        def count(_, args):
+            if len(self.extracted) == stop_after:
+                raise Interrupted
+            self.extracted.append(len(args[0]['inputs']))
 
-        fingerprint = make_fingerprint(self.cfg, encoder, images)
-        self.said.clear()
         self.extracted.clear()
-        return cached_features(
-            self.folder, fingerprint, len(images), extract_some, self.said.append
-        )
+        with encoder.normalizer.register_forward_pre_hook(count):
+            return cached_features(self.folder, encoder, images, batch_size=4, num_workers=0)
 
 
 @pytest.fixture
-def cache(tmp_path, cfg):
-    return Cache(tmp_path / 'cache', cfg)
+def cache(tmp_path):
+    return Cache(tmp_path / 'cache')
 
 
-def test_interrupted_extraction_goes_on_where_it_was(cache, encoder, images):
+def test_interrupted_extraction_goes_on_where_it_was(cache, encoder, images, capsys):
     expected = extract(encoder, images, range(14)).numpy()
     for stop_after in (0, 2, 1):
         with pytest.raises(Interrupted):
             cache.get(encoder, images, stop_after)
-    assert cache.said == [f'{cache.folder}: 8 of 14 images are in the cache']
+    assert capsys.readouterr().out == f'{cache.folder}: 8 of 14 images are in the cache\n'
     actual = cache.get(encoder, images)
     assert cache.extracted == [2]
+    capsys.readouterr()
     np.testing.assert_array_equal(actual, expected)
     assert isinstance(actual, np.memmap) and not actual.flags.writeable
 
     again = cache.get(encoder, images, stop_after=0)
-    assert cache.extracted == [] and cache.said == [
-        f'{cache.folder}: 14 of 14 images are in the cache'
-    ]
+    assert capsys.readouterr().out == f'{cache.folder}: 14 of 14 images are in the cache\n'
     np.testing.assert_array_equal(again, expected)
 
 
-def touch(images):
-    path = images.samples[3][0]
-    Image.new('RGB', (20, 20), 'red').save(path)
-    os.utime(path, ns=(1, 1))
-
-
-@pytest.mark.parametrize('part', ['weights', 'backbone', 'images', 'preprocessing', 'features'])
-def test_stale_features_are_not_used(cache, cfg, encoder, images, part):
+@pytest.mark.parametrize(
+    'part', ['weights', 'backbone', 'images', 'preprocessing', 'features', 'precision']
+)
+def test_stale_features_are_not_used(cache, cfg, encoder, images, part, capsys):
     cache.get(encoder, images)
+    assert capsys.readouterr().out == ''
     if part == 'weights':
         encoder = load(cfg, seed=1)
     elif part == 'backbone':  # weights of the same shapes, but other heads
         cfg.model.backbone.arch.num_heads = 4
         encoder = load(cfg)
     elif part == 'images':
-        touch(images)
+        path = images.samples[3][0]
+        Image.new('RGB', (20, 20), 'red').save(path)
+        os.utime(path, ns=(1, 1))
     elif part == 'preprocessing':
         cfg.model.data_preprocessor = dict(type='cae_mm.CAEDataPreprocessor', mean=[1, 2, 3])
         encoder = load(cfg)
-    else:
+    elif part == 'features':
         encoder = load(cfg, features=['mean'])
+    else:
+        encoder = load(cfg, precision='bfloat16')
     actual = cache.get(encoder, images)
-    assert cache.said == [f'{cache.folder / "features.npy"} is of other {part}: extracting anew']
+    said = f'{cache.folder}/features.npy is of other {part}: extracting anew\n'
+    assert capsys.readouterr().out == said
     np.testing.assert_array_equal(actual, extract(encoder, images, range(14)).numpy())
     cache.get(encoder, images, stop_after=0)  # and these are in the cache now
 
@@ -203,7 +193,7 @@ def test_moved_folder_of_images_is_the_same(cache, encoder, images, tmp_path):
 def test_missing_empty_and_flat_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match='none is no labelled folder: .* one sub-folder'):
         labelled_images(tmp_path / 'none', SIZE)
-    flat = make_folder(tmp_path / 'data', classes=['cat']) / 'cat'
+    flat = make_images(tmp_path / 'data', dict(cat=255), 1) / 'cat'
     with pytest.raises(FileNotFoundError, match="cat is no labelled folder: Couldn't find any"):
         labelled_images(flat, SIZE)
     (tmp_path / 'data/cow').mkdir()
@@ -212,16 +202,12 @@ def test_missing_empty_and_flat_folders(tmp_path):
 
 
 def test_folders_of_other_classes(tmp_path):
-    train = labelled_images(make_folder(tmp_path / 'train', ['cat', 'dog'], 1), SIZE)
-    val = labelled_images(make_folder(tmp_path / 'val', ['cat', 'cow', 'dog'], 1), SIZE)
+    train = labelled_images(make_images(tmp_path / 'train', CLASSES, 1), SIZE)
+    val = labelled_images(make_images(tmp_path / 'val', CLASSES | dict(cow=255), 1), SIZE)
     check_same_classes(train, train)
-    message = (
-        'val and .*train need the same classes, but 1 of the former are not in the latter: cow'
-    )
-    with pytest.raises(ValueError, match=message):
-        check_same_classes(train, val)
-    with pytest.raises(ValueError, match=message):
-        check_same_classes(val, train)
+    for one, other in ((train, val), (val, train)):
+        with pytest.raises(ValueError, match='val and .*train need the same classes, .* 1 .*: cow'):
+            check_same_classes(one, other)
 
 
 def test_subset_is_random_but_always_the_same(images):

@@ -6,32 +6,27 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from builders import cae_config
+from builders import ROOT, cae_config, make_images
 from mmengine.config import Config
 from mmengine.registry import HOOKS, DefaultScope
 from mmengine.runner import Runner
-from PIL import Image
 
-from cae_mm.evaluation import extract_features, knn_accuracies, labelled_images, load_encoder
+from cae_mm.evaluation.encoder import load_encoder
+from cae_mm.evaluation.features import extract_features, labelled_images
+from cae_mm.evaluation.knn import knn_accuracies
 from cae_mm.hooks import KNNHook
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
     """Train and val with 9 and 5 images of each of two classes, noise brighter or darker."""
-    root, rng = tmp_path_factory.mktemp('images'), np.random.default_rng(0)
-    for split, count in (('train', 9), ('val', 5)):
-        for name, brightness in (('dark', 150), ('light', 200)):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(brightness, size=(24, 24, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f'{i}.png')
-    return dict(train=str(root / 'train'), val=str(root / 'val'))
+    root = tmp_path_factory.mktemp('images')
+    return {
+        split: str(make_images(root / split, dict(dark=150, light=200), count))
+        for split, count in (('train', 9), ('val', 5))
+    }
 
 
 def make_config(folders, work_dir, epochs=3, lr=1e-2, hook=None, log_level='WARNING'):
@@ -132,6 +127,7 @@ def test_accuracy_is_that_of_the_current_encoder(train, folders):
         (dict(k=6, max_images=5), ValueError, 'k = 6 .* but there are 5 training images'),
         (dict(train='none'), FileNotFoundError, 'none is no labelled folder'),
         (dict(k=3, feature='max'), ValueError, "Unknown feature 'max'"),
+        (dict(k=3, precision='int8'), ValueError, "Unknown precision 'int8'"),
     ],
 )
 def test_mistakes_are_said_before_training(folders, tmp_path, options, error, message):
@@ -160,6 +156,7 @@ def test_two_processes_share_the_work(train, folders, tmp_path):
     """17 neighbours and 10 images, so that one process has to fill up its share."""
     options = dict(epochs=1, lr=0.0, hook=dict(k=3, max_images=17))  # lr 0: the same encoder
     cfg = make_config(folders, tmp_path / 'two', log_level='INFO', **options)
+    cfg.runner_type = 'cae_mm.CAERunner'  # processes on CPUs
     cfg.dump(tmp_path / 'config.py')
     command = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run']
     command += ['--nproc-per-node', '2', '--master-port', str(20000 + os.getpid() % 20000)]
@@ -174,4 +171,6 @@ def test_two_processes_share_the_work(train, folders, tmp_path):
     assert result.returncode == 0, result.stderr
     _, expected = train('one', **options)
     assert knn_lines(read_lines(tmp_path / 'two')) == knn_lines(expected)
-    assert 'Epoch(knn) [1]  knn_top1: ' in result.stdout + result.stderr
+    printed = result.stdout + result.stderr
+    assert 'Epoch(knn) [1]  knn_top1: ' in printed
+    assert printed.count('features for kNN in ') == 1

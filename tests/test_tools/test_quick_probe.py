@@ -1,37 +1,23 @@
-"""tools/quick_probe.py as a user runs it, in this process to save the imports."""
+"""tools/quick_probe.py as a user runs it."""
 
 import json
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from builders import build_cae, cae_config
+from builders import build_cae, cae_config, make_images, run_tool
 from mmengine.config import Config
-from PIL import Image
 
 from cae_mm.evaluation import linear
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'quick_probe.py'
-spec = spec_from_file_location('quick_probe', TOOL)
-tool = module_from_spec(spec)
-spec.loader.exec_module(tool)
-
-COUNTS = {'train': 10, 'val': 4}
+CLASSES = dict(a=60, b=150, c=250)
 
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
     """A folder with a config, a checkpoint, and images of three classes, noise of a brightness."""
-    rng = np.random.default_rng(0)
-    for split, count in COUNTS.items():
-        for name, brightness in (('a', 60), ('b', 150), ('c', 250)):
-            (tmp_path / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(brightness, size=(20, 20, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / split / name / f'{i}.png')
+    make_images(tmp_path / 'train', CLASSES, 10)
+    make_images(tmp_path / 'val', CLASSES, 4)
     Config(dict(model=cae_config())).dump(tmp_path / 'config.py')
     torch.save(dict(state_dict=build_cae().state_dict()), tmp_path / 'epoch_3.pth')
     monkeypatch.chdir(tmp_path)
@@ -39,31 +25,26 @@ def work(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def probe(work, monkeypatch):
-    """Runs the tool with more options; later ones win."""
-
-    def probe(checkpoint='epoch_3.pth', *options):
-        common = ['--train', 'train', '--val', 'val', '--num-workers', '0', '--device', 'cpu']
-        command = [str(TOOL), 'config.py', checkpoint, *common, '--epochs', '3', *options]
-        monkeypatch.setattr(sys, 'argv', command)
-        tool.main()
-
-    return probe
+def probe(checkpoint='epoch_3.pth', *options):
+    """Run the tool with more options; later ones win."""
+    common = '--train train --val val --num-workers 0 --device cpu --epochs 3'.split()
+    run_tool('quick_probe.py', 'config.py', checkpoint, *common, *options)
 
 
 def read_results(folder):
     return json.loads((folder / 'results.json').read_text())
 
 
-def test_table_and_json(probe, work, capsys):
-    probe('epoch_3.pth', '--out', 'out')
+def test_table_and_json(work, capsys):
+    probe('epoch_3.pth', '--out', 'out', '--precision', 'float32')
     report = read_results(work / 'out')
     assert report['images'] == {'train': 30, 'val': 12}
     assert report['classes'] == ['a', 'b', 'c'] and report['seed'] == 0
     assert report['chance'] == report['largest_class'] == pytest.approx(1 / 3)
     assert report['checkpoint'] == 'epoch_3.pth' and report['config'] == 'config.py'
+    assert report['precision'] == 'float32'
     printed = capsys.readouterr().out
+    assert printed.count('features in float32: as the') == 1
     assert '30 training and 12 validation' in printed.replace('\n', ' ')
     for feature in ('cls', 'mean'):
         results = report['results'][feature]
@@ -77,7 +58,7 @@ def test_table_and_json(probe, work, capsys):
     assert report['results']['mean']['logreg']['accuracy'] > 0.9  # brightness is easy to see
 
 
-def test_second_run_takes_features_from_the_cache(probe, work, capsys):
+def test_second_run_takes_features_from_the_cache(work, capsys):
     probe('epoch_3.pth', '--out', 'out')
     first = read_results(work / 'out')
     capsys.readouterr()
@@ -86,7 +67,7 @@ def test_second_run_takes_features_from_the_cache(probe, work, capsys):
     assert read_results(work / 'out') == first
 
 
-def test_random_encoder_has_its_own_folder_for_each_seed(probe, work):
+def test_random_encoder_has_its_own_folder_for_each_seed(work):
     options = ('--probes', 'knn', '--k', '3', '--feature', 'mean')
     for seed in ('1', '2'):
         probe('random', '--seed', seed, *options)
@@ -98,7 +79,7 @@ def test_random_encoder_has_its_own_folder_for_each_seed(probe, work):
     assert arrays[0].shape == (30, 1, 16) and (arrays[0] != arrays[1]).any()
 
 
-def test_config_options_count(probe, work):
+def test_config_options_count(work):
     with pytest.raises(ValueError, match='of another shape'):
         probe('epoch_3.pth', '--cfg-options', 'model.backbone.patch_size=8')
 
@@ -113,13 +94,13 @@ def test_config_options_count(probe, work):
         ('epoch_3.pth', ['--prefix', 'encoder.'], ValueError, r"prefix='backbone\.'"),
     ],
 )
-def test_mistakes_are_said_before_any_work(probe, work, checkpoint, options, error, message):
+def test_mistakes_are_said_before_any_work(work, checkpoint, options, error, message):
     with pytest.raises(error, match=message):
         probe(checkpoint, *options)
     assert not (work / 'work_dirs').exists()
 
 
-def test_classes_must_be_the_same_and_large_enough(probe, work):
+def test_classes_must_be_the_same_and_large_enough(work):
     (work / 'val/a').rename(work / 'val/z')
     with pytest.raises(ValueError, match='train and val need the same classes.*: a'):
         probe()
