@@ -1,0 +1,172 @@
+"""The encoder without OpenMMLab: as ONNX or as a program of torch.export, the file checked."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from torch import Tensor, nn
+from torch.export import Dim
+
+from cae_mm.evaluation.encoder import load_backbone, read_normalizer
+from cae_mm.models import CAEViT
+
+OPSET = 17  # the highest that the exporter of torch 2.4 knows in full
+MAX_DIFFERENCE = 1e-4  # of the largest value
+ONNX_LIMIT = 2**31  # bytes, protobuf's
+MAX_BATCH = 2**20  # torch 2.4 wants a bound where there are windows
+BATCH_SIZES = (1, 3)  # other than the 2 that the graph is made with
+
+Run = Callable[[Tensor], Sequence[Tensor]]
+
+
+class ExportedEncoder(nn.Module):
+    """What goes into the file: the backbone, behind the normalisation if it is wanted.
+
+    Args:
+        cfg: Config whose ``model.backbone`` is a ``CAEViT``.
+        checkpoint: Its weights, or 'random'.
+        prefix: Of the backbone's keys in the checkpoint.
+        out_type: What the backbone returns; None means what the config says.
+        takes_pixels: Whether images come in [0, 255] rather than normalised.
+
+    Raises:
+        ValueError: If the backbone is none of ours or the weights do not fit.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        cfg: Config,
+        checkpoint: str | Path,
+        *,
+        prefix: str = 'backbone.',
+        out_type: str | None = None,
+        takes_pixels: bool = False,
+    ) -> None:
+        super().__init__()
+        backbone = load_backbone(cfg, checkpoint, prefix)
+        if not isinstance(backbone, CAEViT):
+            raise ValueError(f'{cfg.filename} has a {type(backbone).__name__}, not a cae_mm.CAEViT')
+        backbone.out_type = kind = out_type or backbone.out_type
+        indices = backbone.out_indices
+        self.output_names = [kind] if len(indices) == 1 else [f'{kind}_{i}' for i in indices]
+        self.backbone, self.takes_pixels = backbone, takes_pixels
+        normalizer = read_normalizer(cfg)
+        self.channels = 'RGB' if normalizer.to_rgb else 'BGR'
+        self.register_buffer('mean', normalizer.means[0])  # [1, C, 1, 1]
+        self.register_buffer('std', normalizer.stds[0])
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of ``images``, shape (B, C, H, W), in the order of ``channels``."""
+        return self.backbone((images - self.mean) / self.std if self.takes_pixels else images)
+
+    def draw_images(self, batch_size: int, size: tuple[int, int]) -> Tensor:
+        """Random images in the range that is expected."""
+        images = torch.randn(batch_size, 3, *size)
+        return (64 * images + 128).clamp(0, 255) if self.takes_pixels else images
+
+
+def export_encoder(model: ExportedEncoder, size: tuple[int, int], path: Path) -> float:
+    """Write a file for any batch of images of one size, and check it.
+
+    Args:
+        model: What goes into it.
+        size: Height and width in pixels.
+        path: Where to; ``.onnx`` or ``.pt2``. Parents are made.
+
+    Returns:
+        The largest difference from the model, relative to the largest value.
+
+    Raises:
+        ImportError: If what ONNX needs is not installed.
+        ValueError: If the file's kind is unknown, the model is too large for ONNX, or the file
+            does not return what the model returns; then it is deleted.
+    """
+    _check_kind(model, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    images = model.draw_images(2, size)
+    model(images)  # positions of this size are made now, not in the graph
+    try:
+        difference = _compare(WRITERS[path.suffix](model, images, path), model, size)
+        if not difference <= MAX_DIFFERENCE:
+            raise ValueError(
+                f'outputs differ by {difference:.1e} of the largest value, more than '
+                f'{MAX_DIFFERENCE:.0e}'
+            )
+    except Exception as error:
+        path.unlink(missing_ok=True)
+        raise ValueError(f'{path} was not kept: {error}') from error
+    return difference
+
+
+def write_program(model: ExportedEncoder, images: Tensor, path: Path) -> Run:
+    """Write a program of torch.export with dynamic batch, and read it back."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of torch's own reader, and of modules without a name
+        batch = {'images': {0: Dim('batch', max=MAX_BATCH)}}
+        program = torch.export.export(model, (images,), dynamic_shapes=batch, strict=False)
+        torch.export.save(program, path)
+        return torch.export.load(path).module()
+
+
+def write_onnx(model: ExportedEncoder, images: Tensor, path: Path) -> Run:
+    """Write ONNX with dynamic batch, and read it back into onnxruntime.
+
+    torch's older exporter, which traces the model, is in all versions of torch; the newer one is
+    not usable in 2.4. Numbers that tracing fixes are those of the image's size.
+    """
+    import onnxruntime
+
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of constants in the trace; the file is checked
+        torch.onnx.export(
+            model,
+            (images,),
+            str(path),
+            input_names=['images'],
+            output_names=model.output_names,
+            dynamic_axes={name: {0: 'batch'} for name in ('images', *model.output_names)},
+            opset_version=OPSET,
+            dynamo=False,
+        )
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    return lambda images: [*map(torch.from_numpy, session.run(None, {'images': images.numpy()}))]
+
+
+WRITERS = {'.onnx': write_onnx, '.pt2': write_program}
+
+
+def _check_kind(model: ExportedEncoder, path: Path) -> None:
+    if path.suffix not in WRITERS:
+        raise ValueError(f'{path}: the name must end in {" or ".join(WRITERS)}')
+    if path.suffix != '.onnx':
+        return
+    missing = [name for name in ('onnx', 'onnxruntime') if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f'{path} needs {" and ".join(missing)}: '
+            "pip install -c constraints/onedl.txt 'cae-mm[export]'"
+        )
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    if weights >= ONNX_LIMIT:
+        raise ValueError(f'{weights / 1e9:.1f} GB do not fit into one ONNX file: write a .pt2')
+
+
+def _compare(run: Run, model: ExportedEncoder, size: tuple[int, int]) -> float:
+    """Largest difference between the file and the model, relative to the largest value."""
+    differences = []
+    for batch_size in BATCH_SIZES:
+        images = model.draw_images(batch_size, size)
+        for actual, expected in zip(run(images), model(images), strict=True):
+            if actual.shape != expected.shape:
+                shapes = f'{tuple(actual.shape)}, not {tuple(expected.shape)}'
+                raise ValueError(f'it returns an output of shape {shapes}')
+            differences.append(((actual - expected).abs().max() / expected.abs().max()).item())
+    return max(differences)
