@@ -5,14 +5,63 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.dataset import Compose, default_collate
+from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
 from torch import Tensor
 
+from cae_mm.checkpoints import load_pretrained
 from cae_mm.models import CAE
 from cae_mm.models.targets.rgb import RGBTarget, patch_statistics
-from cae_mm.patches import split_mask
+from cae_mm.patches import split_mask, to_pair
 
 GRAY = 0.5
+DALLE_DECODER = 'cae_ckpt/dalle_decoder.safetensors'
+STEPS = (
+    'cae_mm.LoadImage',
+    'cae_mm.TwoViewResizedCrop',
+    'cae_mm.CAEMaskGenerator',
+    'mmpretrain.PackInputs',
+)
+
+
+def paint_files(
+    cfg: Config,
+    checkpoint: str | Path,
+    images: Sequence[str | Path],
+    *,
+    decoder: str | Path = DALLE_DECODER,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Paint what a pretrained CAE makes of image files.
+
+    Args:
+        cfg: Config of the pretraining.
+        checkpoint: Its checkpoint, not an encoder alone.
+        images: Files; of each the largest central crop is shown.
+        decoder: Converted weights of DALL-E's decoder, needed for DALL-E's tokens only.
+        seed: Of the masks.
+
+    Returns:
+        See ``paint_reconstruction``.
+
+    Raises:
+        ValueError: If the config is none of CAE, lacks one of ``STEPS``, or does not fit.
+    """
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    model = _load_model(cfg, checkpoint).to(device)
+    painter: Any = model.target_generator  # an own d-VAE paints its tokens, pixels need no painter
+    if painter.view == 1 and not hasattr(painter, 'decode_tokens'):
+        init_cfg = dict(type='Pretrained', checkpoint=decoder)
+        painter = MODELS.build(dict(type='cae_mm.DALLEDecoder', init_cfg=init_cfg))
+        painter.init_weights()
+        painter.to(device).eval()
+    batch = _load_batch(cfg, images, seed)
+    masks = torch.stack([sample.mask for sample in batch['data_samples']]).flatten(1)  # [B, N]
+    return paint_reconstruction(model, batch['inputs'], masks, painter)
 
 
 @torch.no_grad()
@@ -23,28 +72,32 @@ def paint_reconstruction(
 
     Args:
         model: In eval mode.
-        views: As a data loader gives them: uint8 BGR, shapes (B, 3, H, W) and (B, 3, h, w); the
+        views: As a data loader returns them: uint8 BGR, shapes (B, 3, H, W) and (B, 3, h, w); the
             second is needed for token targets only.
         masks: Bool tensor on the host, shape (B, N), True = masked.
         painter: For token targets, what paints them: a ``DiscreteVAE`` or a ``DALLEDecoder``.
 
     Returns:
         Titles and RGB images in [0, 1], on the host: the image, the masked input, for tokens what
-        the true ones give, and the prediction put into what is visible.
+        the true ones look like, and the prediction put into what is visible.
     """
     preprocessor, generator = model.data_preprocessor, model.target_generator
     inputs = preprocessor({'inputs': list(views)})['inputs']
     image, grid = _denormalize(model, inputs[0], 0), model.backbone.grid
     ids_m = split_mask(masks)[1].to(image.device)  # [B, M]
-    hidden = _masks_as_images(masks, grid, image)
+    hidden = masks.to(image).view(-1, 1, *grid)
+    hidden = F.interpolate(hidden, image.shape[-2:]).bool()  # [B, 1, H, W]
     pictures = {'image': image, 'masked': image.where(~hidden, torch.full_like(image, GRAY))}
     predicted = model.reconstruct(inputs[0], masks)  # [B, M, K]
     if isinstance(generator, RGBTarget):
         if generator.norm_patch:  # only the true patch tells its brightness and contrast
             mean, std = patch_statistics(RGBTarget().targets(inputs[0], ids_m, grid))
             predicted = predicted * std + mean
-        painted = _denormalize(model, _paint_patches(predicted, ids_m, grid, inputs[0]), 0)
-        pictures['predicted'] = painted.where(hidden, image)
+        patches = predicted.new_zeros(*masks.shape, predicted.shape[-1])
+        patches.scatter_(1, ids_m.unsqueeze(-1).expand_as(predicted), predicted)
+        p = model.backbone.patch_size
+        painted = F.fold(patches.transpose(1, 2), image.shape[-2:], p, stride=p)  # [B, 3, H, W]
+        pictures['predicted'] = _denormalize(model, painted, 0).where(hidden, image)
     else:
         tokens = generator.tokenize(inputs[1])  # [B, h, w]
         guess = tokens.flatten(1).scatter(1, ids_m, predicted.argmax(-1)).view_as(tokens)
@@ -54,12 +107,7 @@ def paint_reconstruction(
 
 
 def save_pictures(pictures: dict[str, Tensor], path: str | Path) -> None:
-    """Save a table of images as PNG: a row for each image, a column for each title.
-
-    Args:
-        pictures: From ``paint_reconstruction``.
-        path: Where to; parents are made.
-    """
+    """Save what was painted as PNG: a row for each image, a column for each title."""
     rows, columns = len(next(iter(pictures.values()))), len(pictures)
     figure, axes = plt.subplots(
         rows, columns, figsize=(2 * columns, 2 * rows + 0.4), squeeze=False, layout='constrained'
@@ -79,17 +127,27 @@ def _denormalize(model: CAE, image: Tensor, view: int) -> Tensor:
     return (image.float() * preprocessor.stds[view] + preprocessor.means[view]) / 255
 
 
-def _masks_as_images(masks: Tensor, grid: tuple[int, int], image: Tensor) -> Tensor:
-    """Enlarge masks (B, N) to bool images (B, 1, H, W)."""
-    masks = masks.to(image.device).view(-1, 1, *grid)
-    patch = image.shape[-2] // grid[0]
-    return masks.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+def _load_model(cfg: Config, checkpoint: str | Path) -> CAE:
+    """Model of a pretraining config in eval mode, with its tokenizer's weights."""
+    if cfg.model.type != 'cae_mm.CAE':
+        raise ValueError(f'the config describes {cfg.model.type}, but pictures need cae_mm.CAE')
+    model = MODELS.build(cfg.model)
+    model.target_generator.init_weights()
+    load_pretrained(model, checkpoint)
+    return model.eval()
 
 
-def _paint_patches(pixels: Tensor, ids: Tensor, grid: tuple[int, int], like: Tensor) -> Tensor:
-    """Put the pixels (B, M, 3*p*p) of the patches ``ids`` into an image that is 0 elsewhere."""
-    B, _, K = pixels.shape
-    patches = pixels.new_zeros(B, grid[0] * grid[1], K)
-    patches.scatter_(1, ids.unsqueeze(-1).expand_as(pixels), pixels)
-    patches = patches.view(B, *grid, 3, like.shape[-2] // grid[0], -1)  # [B, h, w, 3, p, p]
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(like.shape)  # [B, 3, H, W]
+def _load_batch(cfg: Config, images: Sequence[str | Path], seed: int) -> dict[str, Any]:
+    """Images in the views of a pretraining config: central crop, no flip, random masks."""
+    steps = {step['type']: dict(step) for step in cfg.train_dataloader.dataset.pipeline}
+    missing = [name for name in STEPS if name not in steps]
+    if missing:
+        raise ValueError(f'the pipeline of the config has no {missing[0]}')
+    steps['cae_mm.LoadImage']['on_error'] = 'raise'
+    crop = steps['cae_mm.TwoViewResizedCrop']
+    height, width = to_pair(crop['size'])
+    crop.update(central=True, ratio=(width / height,) * 2)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        pipeline = Compose([TRANSFORMS.build(steps[name]) for name in STEPS])
+    np.random.seed(seed)
+    return default_collate([pipeline(dict(img_path=str(path))) for path in images])

@@ -1,17 +1,11 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from builders import GRID, PATCH, build_cae, cae_config
+from builders import GRID, PATCH, build_cae, cae_config, run_tool
 from mmengine.config import Config
 from PIL import Image
 
 from cae_mm.visualization import paint_reconstruction, save_pictures
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -96,11 +90,12 @@ def test_reconstruct_tool_paints_a_checkpoint(tmp_path):
     ]
     cfg = Config(dict(model=config, train_dataloader=dict(dataset=dict(pipeline=pipeline))))
     cfg.dump(tmp_path / 'config.py')
-    Image.new('RGB', (50, 30), (200, 100, 0)).save(tmp_path / 'image.png')
-    command = [sys.executable, '-W', 'ignore', ROOT / 'tools/reconstruct.py']
-    command += [tmp_path / name for name in ('config.py', 'cae.pth', 'image.png')]
-    command += ['--out', tmp_path / 'out.png']
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
+    image = Image.new('RGB', (50, 30), 'blue')
+    image.paste('red', (10, 0, 40, 30))  # the largest central crop
+    image.save(tmp_path / 'image.png')
+    files = [tmp_path / name for name in ('config.py', 'cae.pth', 'image.png')]
+    run_tool('reconstruct.py', *files, '--out', tmp_path / 'out.png')
     with Image.open(tmp_path / 'out.png') as picture:
         assert picture.size == (800, 240)
+        shown = np.asarray(picture.convert('RGB').crop((10, 50, 190, 210)))  # the image
+    assert (shown == [255, 0, 0]).all()
