@@ -12,7 +12,6 @@ import mmengine
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
 
 from cae_mm.engine.cli import add_run_arguments, load_run_config
 
@@ -67,7 +66,7 @@ def main() -> None:
     """Build the Runner and evaluate."""
     args = parse_args()
     cfg = merge_args(load_run_config(args), args)
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg)
     metrics = runner.test()
     if args.out and is_main_process():
         mmengine.dump(metrics, args.out, indent=2)

@@ -9,7 +9,6 @@ import argparse
 
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
 
 from cae_mm.engine.cli import add_run_arguments, load_run_config
 
@@ -57,7 +56,7 @@ def main() -> None:
     """Build the Runner and train."""
     args = parse_args()
     cfg = merge_args(load_run_config(args), args)
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg)
     runner.train()
 
 

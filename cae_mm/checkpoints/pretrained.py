@@ -145,10 +145,12 @@ def find_encoder(module: nn.Module) -> tuple[Any, str]:
 def compare_descriptions(
     module: nn.Module, of_file: EncoderDescription | None, path: Path
 ) -> list[str]:
-    """Compare what no shape tells: number of heads and size of pretraining.
+    """Compare what no shape tells: number of heads, and size of pretraining.
+
+    An encoder that was not told its size of pretraining takes that of the file.
 
     Returns:
-        A remark if the positions are made for another size.
+        A remark if the file has positions for another size than the model had.
 
     Raises:
         ValueError: If the numbers of heads differ.
@@ -166,9 +168,11 @@ def compare_descriptions(
     if of_file.pretrain_img_size == of_model.pretrain_img_size:
         return []
     sizes = [f'{h}x{w}' for h, w in (of_file.pretrain_img_size, of_model.pretrain_img_size)]
+    if encoder.take_pretrain_size(of_file.pretrain_img_size):
+        return [f'positions are resized from those for {sizes[0]} pixels, as the file says']
     return [
-        f'the file has positions for {sizes[0]} pixels, the model for {sizes[1]}: '
-        f'pretrain_img_size={of_file.pretrain_img_size} keeps those of the file'
+        f'the file has positions for {sizes[0]} pixels, pretrain_img_size says {sizes[1]}: leave '
+        'it out to keep those of the file'
     ]
 
 

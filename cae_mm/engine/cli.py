@@ -73,6 +73,7 @@ def load_run_config(args: argparse.Namespace) -> Config:
     cfg = load_config(args.config, args.cfg_options)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg.launcher = args.launcher
+    cfg.setdefault('runner_type', 'cae_mm.CAERunner')
     if args.work_dir:
         cfg.work_dir = args.work_dir
     elif not cfg.get('work_dir'):

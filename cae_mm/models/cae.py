@@ -70,6 +70,7 @@ class CAE(BaseSelfSupervisor):
             if not 0 <= teacher_momentum < 1:
                 raise ValueError(f'teacher_momentum must be in [0, 1), not {teacher_momentum}')
             self.teacher = deepcopy(self.backbone).requires_grad_(False)
+            self.teacher.positions = self.backbone.positions  # which loading may change
 
     def init_weights(self) -> None:
         """Initialise all parts; an EMA teacher starts as a copy of the encoder."""

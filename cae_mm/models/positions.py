@@ -73,6 +73,11 @@ class SinCosPositions(nn.Module):
             self._tables[grid, device] = self._build(grid).to(device)
         return self._tables[grid, device]
 
+    def resize_from(self, base_grid: Grid) -> None:
+        """Resize the tables from another base grid from now on."""
+        self.base_grid = base_grid
+        self._tables.clear()
+
     def of_padded(self, grid: Grid, own_grids: Tensor) -> Tensor:
         """Return float32 positions that do not depend on how far an image is padded.
 

@@ -136,12 +136,33 @@ def test_heads_of_a_converted_file_must_be_those_of_the_model(tmp_path, log):
     message = r'made with 3 heads, but the model has 4: .* Set num_heads in arch'
     with pytest.raises(ValueError, match=message):
         load_pretrained(build(arch=ARCH | dict(num_heads=4)), result.path, 'backbone.')
-    load_pretrained(build(img_size=16), result.path, 'backbone.')
-    remark = 'positions for 12x12 pixels, the model for 16x16: pretrain_img_size=(12, 12) keeps'
-    assert any(remark in line for line in log)
-    log.clear()
-    load_pretrained(build(img_size=16, pretrain_img_size=12), result.path, 'backbone.')
-    assert not any('positions' in line for line in log)
+
+
+@pytest.mark.parametrize(
+    ('options', 'base_grid', 'remark'),
+    [
+        (dict(), (3, 3), 'positions are resized from those for 12x12 pixels, as the file says'),
+        (dict(pretrain_img_size=12), (3, 3), None),
+        (
+            dict(pretrain_img_size=16),
+            (4, 4),
+            '12x12 pixels, pretrain_img_size says 16x16: leave it',
+        ),
+    ],
+)
+def test_positions_are_those_of_the_file_unless_told_otherwise(
+    tmp_path, log, options, base_grid, remark
+):
+    torch.save({'model': official.pretraining_state(24, 12)}, tmp_path / 'a.pth')
+    result = convert_checkpoint(tmp_path / 'a.pth', tmp_path, num_heads=3, decoder_heads=3)
+    vit, expected = (build(img_size=16, **o) for o in (options, dict(pretrain_img_size=12)))
+    for encoder in (vit, expected):
+        load_pretrained(encoder, result.path, 'backbone.')
+    images = torch.randn(2, 3, 16, 16)
+    assert vit.positions.base_grid == base_grid
+    assert torch.equal(vit(images)[0], expected(images)[0]) == (base_grid == (3, 3))
+    assert any(' pixels' in line for line in log) == (remark is not None)
+    assert remark is None or any(remark in line for line in log)
 
 
 def test_urls_and_missing_files_are_refused(tmp_path):
