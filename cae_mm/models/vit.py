@@ -23,6 +23,8 @@ from cae_mm.registry import MODELS
 # Sizes: paper, "Training Details" (S, B, L) and "Downstream Tasks" (H).
 # Layer scale: official scripts, --layer_scale_init_value (S, B: 0.1, L: 1e-5).
 ARCHS: dict[str, dict[str, Any]] = {
+    # of the demo and the comparison on Imagenette: trains on a CPU
+    'mini': dict(embed_dims=192, depth=6, num_heads=3, layer_scale=0.1),
     # the official cae_tiny has 12 heads; 3 is the standard ViT-Ti
     'tiny': dict(embed_dims=192, depth=12, num_heads=3, layer_scale=0.1),
     # the paper says "standard ViT-S", that is 6 heads; the official cae_small has 12
@@ -57,8 +59,8 @@ class CAEViT(PretrainedModule):
     """Vision transformer of CAE.
 
     Args:
-        arch: 'tiny', 'small', 'base', 'large', 'huge', or a dict with the keys ``embed_dims``,
-            ``depth``, ``num_heads`` and ``layer_scale``.
+        arch: 'mini', 'tiny', 'small', 'base', 'large', 'huge', or a dict with the keys
+            ``embed_dims``, ``depth``, ``num_heads`` and ``layer_scale``.
         img_size: Height and width in pixels that relative position tables are made for, and
             positions if ``pretrain_img_size`` does not say otherwise. In pretraining the images
             must have this size; elsewhere any size will do, tables and positions are resized.

@@ -16,4 +16,4 @@ optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='SGD', lr=0.4, weight_decay=0.0, momentum=0.9)
 )
 _base_.param_scheduler[1].eta_min = 1e-6  # official
-auto_scale_lr = dict(enable=True, base_batch_size=32 * 256)
+auto_scale_lr = dict(base_batch_size=32 * 256)

@@ -12,14 +12,16 @@ _base_ = [
     '../_base_/runtime_mmdet.py',
 ]
 
+from cae_mm.engine.settings import apply_settings
+
 train_dataloader = dict(dataset=dict(filter_cfg=dict(filter_empty_gt=False)))
-_base_.train_dataloader.dataset.pipeline[1].with_mask = False
 # as mmdetection: no limit to the long side before the crop
-_base_.train_dataloader.dataset.pipeline[3].transforms[1][0].scales = [
-    (side, 4200) for side in (400, 500, 600)
-]
-_base_.val_dataloader.dataset.pipeline[2].with_mask = False
-_base_.test_dataloader.dataset.pipeline[2].with_mask = False
+_base_.smaller.scales = [(side, 4200) for side in (400, 500, 600)]
+choice = [[_base_.resize], [_base_.smaller, _base_.crop, _base_.resize]]
+apply_settings(
+    _base_,
+    transforms=dict(LoadAnnotations=dict(with_mask=False), RandomChoice=dict(transforms=choice)),
+)
 val_evaluator = dict(metric='bbox')
 test_evaluator = val_evaluator
 
@@ -29,4 +31,4 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=0.1, norm_type=2),
 )
 param_scheduler = [dict(type='MultiStepLR', by_epoch=True, milestones=[11], gamma=0.1)]
-auto_scale_lr = dict(enable=True, base_batch_size=8 * 2)
+auto_scale_lr = dict(base_batch_size=8 * 2)

@@ -1,12 +1,12 @@
-"""d-VAE on an own folder of images on one GPU."""
+"""d-VAE on your own images: see the pretraining of this name."""
 
 _base_ = './dvae_8xb64-amp-coslr-100e_in1k.py'
 
+from cae_mm.engine.settings import apply_settings
+
 lr = 5e-4 * 128 / 512
-_base_.train_dataloader.dataset.pipeline[0].on_error = 'skip'
-train_dataloader = dict(
-    batch_size=128, drop_last=False, dataset=dict(data_root='data/custom/', data_prefix='')
-)
+apply_settings(_base_, batch_size=128, transforms=dict(LoadImage=dict(on_error='skip')))
+train_dataloader = dict(drop_last=False, dataset=dict(data_root='data/custom/', data_prefix=''))
 optim_wrapper = dict(optimizer=dict(lr=lr))
 _base_.param_scheduler[1].eta_min = lr / 80
-auto_scale_lr = dict(enable=True, base_batch_size=128)
+auto_scale_lr = dict(base_batch_size=128)

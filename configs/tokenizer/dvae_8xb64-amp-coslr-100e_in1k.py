@@ -10,7 +10,7 @@ _base_ = [
     '../_base_/runtime.py',
 ]
 
-_base_.train_pipeline[2:4] = [
+_base_.train_pipeline[2:4] = [  # for the two views and the mask
     dict(type='mmpretrain.RandomResizedCrop', scale=112, backend='pillow', interpolation='lanczos')
 ]
 train_dataloader = dict(dataset=dict(pipeline=_base_.train_pipeline))
@@ -34,4 +34,5 @@ param_scheduler = [
 ]
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=100)
 auto_scale_lr = dict(enable=True, base_batch_size=8 * 64)
+settings = dict(cpu_batch_size=16)
 custom_hooks = [*_base_.custom_hooks, dict(type='cae_mm.GumbelTemperatureHook')]

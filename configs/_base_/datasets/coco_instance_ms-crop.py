@@ -4,30 +4,20 @@ short_sides = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
 resize = dict(
     type='RandomChoiceResize', scales=[(side, 1333) for side in short_sides], keep_ratio=True
 )
+smaller = dict(
+    type='RandomChoiceResize', scales=[(side, 1333) for side in (400, 500, 600)], keep_ratio=True
+)
+crop = dict(
+    type='RandomCrop',
+    crop_type='absolute_range',
+    crop_size=(384, 600),
+    allow_negative_crop=True,
+)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='RandomFlip', prob=0.5),
-    dict(
-        type='RandomChoice',
-        transforms=[
-            [resize],
-            [
-                dict(
-                    type='RandomChoiceResize',
-                    scales=[(side, 1333) for side in (400, 500, 600)],
-                    keep_ratio=True,
-                ),
-                dict(
-                    type='RandomCrop',
-                    crop_type='absolute_range',
-                    crop_size=(384, 600),
-                    allow_negative_crop=True,
-                ),
-                resize,
-            ],
-        ],
-    ),
+    dict(type='RandomChoice', transforms=[[resize], [smaller, crop, resize]]),
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [

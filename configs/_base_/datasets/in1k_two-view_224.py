@@ -29,3 +29,4 @@ train_dataloader = dict(
         pipeline=train_pipeline,
     ),
 )
+settings = dict(cpu_batch_size=8)

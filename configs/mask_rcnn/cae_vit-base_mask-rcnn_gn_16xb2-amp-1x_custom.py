@@ -1,9 +1,9 @@
-"""Mask R-CNN on an own data set in COCO's format, on one GPU.
+"""Mask R-CNN on your own data set in COCO's format.
 
 Copy this file, and change the lines below. Annotations need boxes and masks (polygons or RLE).
 """
 
-_base_ = './cae_vit-base_mask-rcnn_1xb2-accum16-amp-1x_coco.py'
+_base_ = './cae_vit-base_mask-rcnn_gn_16xb2-amp-1x_coco.py'
 
 # ---- what to change: the data
 data_root = 'data/custom/'

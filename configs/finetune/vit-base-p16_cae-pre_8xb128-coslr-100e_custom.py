@@ -1,25 +1,20 @@
-"""Fine-tuning of CAE-B on own classes on one GPU: MY/train/CLASS/*.jpg and MY/val/CLASS/*.jpg.
+"""Fine-tuning of CAE-B on your own classes: MY/train/CLASS/*.jpg and MY/val/CLASS/*.jpg.
 
     python tools/train.py THIS_FILE --cfg-options model.backbone.init_cfg.checkpoint=CHECKPOINT \
-        train_dataloader.dataset.data_root=MY val_dataloader.dataset.data_root=MY \
-        test_dataloader.dataset.data_root=MY \
-        model.head.num_classes=7 model.data_preprocessor.num_classes=7
+        settings.data_root=MY model.head.num_classes=7 model.data_preprocessor.num_classes=7
 
 Classes are the names of the sub-folders, in alphabetical order.
 """
 
 _base_ = './vit-base-p16_cae-pre_32xb128-coslr-100e_in1k.py'
 
-# ---- what to change: memory of the GPU and effective batch
-batch_size, accumulation = 64, 16
-lr = 8e-3 * batch_size * accumulation / 4096
+batch = 8 * 128
+lr = 8e-3 * batch / 4096
 num_classes = 10
-data_root = 'data/custom/'
 
 model = dict(data_preprocessor=dict(num_classes=num_classes), head=dict(num_classes=num_classes))
-dataset = dict(_delete_=True, type='mmpretrain.CustomDataset', data_root=data_root)
+dataset = dict(_delete_=True, type='mmpretrain.CustomDataset', data_root='data/custom/')
 train_dataloader = dict(
-    batch_size=batch_size,
     drop_last=False,  # a small folder may hold less than a batch
     dataset=dict(**dataset, data_prefix='train', pipeline=_base_.train_pipeline),
 )
@@ -29,8 +24,6 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 val_evaluator = dict(topk=(1,))  # five classes may be all there are
 test_evaluator = val_evaluator
-optim_wrapper = dict(optimizer=dict(lr=lr), accumulative_counts=accumulation)
+optim_wrapper = dict(optimizer=dict(lr=lr))
 _base_.param_scheduler[0].start_factor = _base_.param_scheduler[1].eta_min_ratio = 1e-6 / lr
-auto_scale_lr = dict(
-    enable=True, base_batch_size=batch_size
-)  # mmengine does not count accumulation
+auto_scale_lr = dict(base_batch_size=batch)

@@ -1,4 +1,4 @@
-"""UperNet on CAE-B for an own dataset of images and PNG masks, on one GPU.
+"""UperNet on CAE-B for your own images and PNG masks.
 
     python tools/train.py THIS_FILE --cfg-options model.backbone.init_cfg.checkpoint=MY_WEIGHTS
 
@@ -9,7 +9,7 @@ A mask is an 8-bit PNG of one channel or with a palette, as large as its image, 
 indices into ``classes``; 255 is ignored.
 """
 
-_base_ = './cae_vit-base_upernet_1xb4-accum4-amp-160k_ade20k-512x512.py'
+_base_ = './cae_vit-base_upernet_8xb2-amp-160k_ade20k-512x512.py'
 
 # ---- what to change: the dataset
 data_root = 'data/custom/'
@@ -20,8 +20,7 @@ classes = ('background', 'crack', 'rust')
 palette = [[0, 0, 0], [230, 60, 60], [60, 120, 230]]  # red, green, blue of each class
 # True if 0 in the masks means "not annotated" and 1 the first class, as in ADE20K
 reduce_zero_label = False
-# ---- what to change: memory of the GPU, effective batch and length
-batch_size, accumulation = 4, 4
+# ---- what to change: length
 updates, warmup, val_interval = 20_000, 1_500, 2_000
 
 dataset = dict(
@@ -34,7 +33,7 @@ dataset = dict(
     reduce_zero_label=reduce_zero_label,
 )
 train_dataloader = dict(
-    batch_size=batch_size,
+    batch_size=4,  # on one GPU: of so many images are batch statistics
     dataset=dict(
         **dataset,
         data_prefix=dict(img_path=train_images, seg_map_path=train_masks),
@@ -52,9 +51,8 @@ test_dataloader = val_dataloader
 model = dict(
     decode_head=dict(num_classes=len(classes)), auxiliary_head=dict(num_classes=len(classes))
 )
-optim_wrapper = dict(accumulative_counts=accumulation)
-_base_.param_scheduler[0].end = warmup * accumulation + 1
-_base_.param_scheduler[1].end = updates * accumulation + 1
-train_cfg = dict(max_iters=updates * accumulation, val_interval=val_interval * accumulation)
-default_hooks = dict(checkpoint=dict(interval=val_interval * accumulation))
-auto_scale_lr = dict(enable=True, base_batch_size=batch_size)
+_base_.param_scheduler[0].end = warmup + 1
+_base_.param_scheduler[1].end = updates + 1
+train_cfg = dict(max_iters=updates, val_interval=val_interval)
+default_hooks = dict(checkpoint=dict(interval=val_interval))
+auto_scale_lr = dict(base_batch_size=4 * 4)
