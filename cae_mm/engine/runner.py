@@ -48,9 +48,8 @@ class CAERunner(Runner):
 
 def fit_config(cfg: Config) -> list[str]:
     """Apply the settings, fit a config to this machine, and return what to say of it."""
-    settings = dict(cfg.pop('settings', None) or {})
-    cpu_batch_size = settings.pop('cpu_batch_size', None)
-    apply_settings(cfg, **settings)
+    apply_settings(cfg, **(cfg.pop('settings', None) or {}))
+    cpu_batch_size = (cfg.pop('settings', None) or {}).get('cpu_batch_size')
     launcher = cfg.get('launcher', 'none')
     remarks = _fit_loaders(cfg, launcher)
     if torch.cuda.is_available():
@@ -75,20 +74,22 @@ def fit_batch(cfg: Config, processes: int, cpu_batch_size: int | None = None) ->
     counts in iterations (schedules, checkpoints, validation) is counted in updates and stretched.
 
     Args:
-        cfg: A config; unless its ``auto_scale_lr.enable`` is true nothing is changed but what
-            ``accumulative_counts`` stretches.
+        cfg: A config; nothing is changed unless its ``auto_scale_lr.enable`` is true. If it has
+            ``accumulative_counts`` that is how many steps are gathered.
         processes: Number of processes, one per GPU.
         cpu_batch_size: Most images in a step, None for no limit.
 
     Returns:
-        A line for the log, or none.
+        Lines for the log.
     """
     scale: Any = cfg.get('auto_scale_lr') or {}
     if not (scale.get('enable') and cfg.get('train_dataloader') and cfg.get('optim_wrapper')):
         return []
     loader, wrapper, recipe = cfg.train_dataloader, cfg.optim_wrapper, scale['base_batch_size']
-    if cpu_batch_size:
-        loader.batch_size = min(loader.batch_size, cpu_batch_size)
+    remarks = []
+    if cpu_batch_size and loader.batch_size > cpu_batch_size:
+        remarks = [f'no GPU: {cpu_batch_size} images a step, settings.batch_size sets others']
+        loader.batch_size = cpu_batch_size
     step = processes * loader.batch_size
     steps = wrapper.get('accumulative_counts') or max(round(recipe / step), 1)
     if steps > 1:
@@ -99,27 +100,38 @@ def fit_batch(cfg: Config, processes: int, cpu_batch_size: int | None = None) ->
         wrapper.optimizer.lr *= step * steps / recipe
         text += f', learning rate {wrapper.optimizer.lr:.3g} in proportion to'
     scale.enable = False  # mmengine's own would not count what is gathered
-    return [f'{text} (the recipe: {recipe})']
+    return [*remarks, f'{text} (the recipe: {recipe})']
 
 
 def _stretch(cfg: Config, factor: int) -> None:
     """Multiply what is counted in iterations, so that it happens after the same updates."""
-    if cfg.train_cfg.get('max_iters'):
-        for key in {'max_iters', 'val_interval'} & cfg.train_cfg.keys():
+    max_iters = cfg.train_cfg.get('max_iters')
+    if max_iters:
+        for key in {'max_iters', 'val_begin', 'val_interval'} & cfg.train_cfg.keys():
             cfg.train_cfg[key] *= factor
     checkpoint = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     if not checkpoint.get('by_epoch', True) and checkpoint.get('interval', -1) > 0:
         checkpoint['interval'] *= factor
     schedulers: Any = cfg.get('param_scheduler') or []
     for scheduler in [schedulers] if isinstance(schedulers, dict) else schedulers:
-        if scheduler.get('by_epoch', True):
-            continue
-        for key in {'begin', 'step_size'} & scheduler.keys():
-            scheduler[key] *= factor
-        for key in {'end', 'T_max'} & scheduler.keys():  # reached one step before
-            scheduler[key] = (scheduler[key] - 1) * factor + 1
-        if 'milestones' in scheduler:
-            scheduler['milestones'] = [factor * at for at in scheduler['milestones']]
+        if not scheduler.get('by_epoch', True):
+            _stretch_scheduler(scheduler, factor, max_iters)
+
+
+def _stretch_scheduler(scheduler: dict[str, Any], factor: int, max_iters: int | None) -> None:
+    """Make a scheduler's value after ``factor`` x u steps what it was after u steps."""
+    if max_iters:
+        scheduler.setdefault('end', max_iters)  # mmengine's default
+    if 'CosineAnnealing' in str(scheduler['type']) and 'end' in scheduler:
+        scheduler.setdefault('T_max', scheduler['end'] - scheduler.get('begin', 0))  # as well
+    for key in {'T_max', 'begin', 'step_size', 'total_steps'} & scheduler.keys():
+        scheduler[key] *= factor
+    for key in {'milestones', 'periods'} & scheduler.keys():
+        scheduler[key] = [factor * steps for steps in scheduler[key]]
+    if 'end' in scheduler:  # its last value is reached one step before
+        scheduler['end'] = (scheduler['end'] - 1) * factor + 1
+    if 'Exponential' in str(scheduler['type']):
+        scheduler['gamma'] **= 1 / factor
 
 
 def _fit_loaders(cfg: Config, launcher: str) -> list[str]:

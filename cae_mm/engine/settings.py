@@ -31,7 +31,8 @@ def apply_settings(cfg: Any, **settings: Any) -> None:
             ``mask_ratio``: share of the patches that are masked;
             ``data_root``: folder of the data, for training and evaluation;
             ``batch_size``: images in a training step of one process;
-            ``cpu_batch_size``: the same where there is no GPU, if that is less;
+            ``cpu_batch_size``: at most so many where there is no GPU, unless ``batch_size`` is
+            said beside it;
             ``transforms``: options by the class of a transform, wherever it stands in a pipeline.
 
     Raises:
@@ -41,7 +42,8 @@ def apply_settings(cfg: Any, **settings: Any) -> None:
         if name not in SETTINGS:
             raise ValueError(f"unknown setting 'settings.{name}'{suggest(name, SETTINGS)}")
         if name == 'cpu_batch_size':  # waits until it is known where the run takes place
-            cfg['settings'] = {'cpu_batch_size': value}
+            limit = None if 'batch_size' in settings else value
+            cfg['settings'] = {**(cfg.get('settings') or {}), name: limit}
         elif name == 'img_size':
             _set_img_size(cfg, value)
         elif name == 'mask_ratio':
@@ -87,7 +89,7 @@ def find_transforms(cfg: Any) -> list[dict[str, Any]]:
         node = nodes.pop()
         if isinstance(node, dict):
             transforms[id(node)] = node
-            nodes += node.get('transforms') or []
+            nodes.append(node.get('transforms') or [])
         else:
             nodes += node
     return list(transforms.values())
@@ -135,6 +137,8 @@ def _set_img_size(cfg: Any, value: int | tuple[int, int]) -> None:
             'settings.transforms.Resize.scale and settings.transforms.RandomChoiceResize.scales'
         )
     if backbone is not None:
+        if backbone.get('init_cfg') and class_name(backbone) == 'CAEViT':
+            backbone.setdefault('pretrain_img_size', backbone.get('img_size', 224))
         backbone['img_size'] = size
     if 'decode_head' in model:
         _set_crop_of_segmentation(cfg, to_pair(size))
