@@ -18,9 +18,11 @@ from cae_mm.checkpoints import read_state_dict
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = 'configs/demo/cae_demo.py'
 SHRINK = [
+    'model.backbone.arch._delete_=True',  # a name
     'model.backbone.arch.embed_dims=16',
     'model.backbone.arch.depth=2',
     'model.backbone.arch.num_heads=2',
+    'model.backbone.arch.layer_scale=0.1',
     'model.backbone.drop_path_rate=0.2',
     'model.neck.in_dims=16',
     'model.neck.embed_dims=16',

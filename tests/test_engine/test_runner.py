@@ -1,0 +1,233 @@
+"""A config fits itself to its machine, and stays the recipe that it was."""
+
+import os
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, RUNNERS
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from cae_mm.engine.runner import count_processes, fit_batch, fit_config
+
+ROOT = Path(__file__).parent.parent.parent / 'configs'
+LEAVES = sorted(path for path in ROOT.glob('*/*.py') if path.parent.name != '_base_')
+
+
+@MODELS.register_module()
+class RunnerToy(BaseModel):
+    """A linear layer without bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 1, bias=False)
+
+    def forward(self, inputs, mode='tensor'):
+        return dict(loss=self.linear(torch.stack(inputs)).square().mean())
+
+
+@DATASETS.register_module()
+class RunnerToyData(torch.utils.data.Dataset):
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        return dict(inputs=torch.full((2,), index / 10))
+
+
+def toy(**changes):
+    """A run of iterations with a recipe of 8 images an update."""
+    cfg = dict(
+        runner_type='cae_mm.CAERunner',
+        custom_imports=dict(imports=['cae_mm'], allow_failed_imports=False),
+        model=dict(type='RunnerToy'),
+        train_dataloader=dict(
+            batch_size=2,
+            num_workers=0,
+            dataset=dict(type='RunnerToyData'),
+            sampler=dict(type='DefaultSampler', shuffle=False),
+        ),
+        optim_wrapper=dict(
+            type='cae_mm.MixedPrecisionOptimWrapper',
+            dtype='float32',
+            optimizer=dict(type='SGD', lr=0.1),
+        ),
+        param_scheduler=[dict(type='PolyLR', by_epoch=False)],
+        train_cfg=dict(type='IterBasedTrainLoop', max_iters=3, val_interval=1),
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=2)),
+        auto_scale_lr=dict(enable=True, base_batch_size=8),
+        randomness=dict(seed=0),
+    )
+    return Config(cfg | changes)
+
+
+@pytest.mark.parametrize('path', LEAVES, ids=lambda path: path.stem)
+def test_any_number_of_gpus_is_the_same_recipe(path):
+    recipe = Config.fromfile(path)
+    batch, lr = recipe.auto_scale_lr.base_batch_size, recipe.optim_wrapper.optimizer.lr
+    for processes in (1, 8, 32):
+        cfg = deepcopy(recipe)
+        [remark] = fit_batch(cfg, processes)
+        step = processes * cfg.train_dataloader.batch_size
+        total = step * cfg.optim_wrapper.get('accumulative_counts', 1)
+        assert total == max(batch, step)
+        assert cfg.optim_wrapper.optimizer.lr == pytest.approx(lr * total / batch)
+        assert f'= {total}' in remark and f'(the recipe: {batch})' in remark
+        assert not cfg.auto_scale_lr.enable and fit_batch(cfg, 1) == []  # not a second time
+
+
+@pytest.mark.parametrize(
+    ('changes', 'processes', 'gathered', 'total'),
+    [
+        (dict(), 1, 4, 8),
+        (dict(), 3, 1, 6),  # 12 would be farther from 8
+        (dict(), 8, 1, 16),
+        (dict(optim_wrapper__accumulative_counts=3), 1, 3, 6),
+        (dict(train_dataloader__batch_size=5), 1, 2, 10),
+    ],
+)
+def test_learning_rate_is_scaled_where_the_batch_is_another(changes, processes, gathered, total):
+    cfg = toy()
+    cfg.merge_from_dict({key.replace('__', '.'): value for key, value in changes.items()})
+    fit_batch(cfg, processes)
+    assert cfg.optim_wrapper.get('accumulative_counts', 1) == gathered
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(0.1 * total / 8)
+    assert cfg.train_cfg.max_iters == 3 * gathered and cfg.train_cfg.val_interval == gathered
+    assert cfg.default_hooks.checkpoint.interval == 2 * gathered
+
+
+def test_nothing_changes_where_nothing_is_asked_for():
+    for scale in (dict(enable=False, base_batch_size=8), None):
+        cfg = toy(auto_scale_lr=scale)
+        before = cfg.to_dict()
+        assert fit_batch(cfg, 8, cpu_batch_size=1) == [] and cfg.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    'scheduler',
+    [
+        dict(type='LinearLR', start_factor=1e-3, begin=0, end=11),
+        dict(type='LinearLR', start_factor=1e-3, begin=5, end=21),
+        dict(type='PolyLR', power=0.9, eta_min=0.01),
+        dict(type='CosineAnnealingLR', eta_min=0.01, begin=4),
+        dict(type='CosineAnnealingLR', T_max=20, end=25),
+        dict(type='CosineRestartLR', periods=[8, 24], restart_weights=[1, 0.5], eta_min=0.0),
+        dict(type='MultiStepLR', milestones=[7, 20], gamma=0.1),
+        dict(type='StepLR', step_size=6, gamma=0.5),
+        dict(type='ExponentialLR', gamma=0.9, begin=3),
+        dict(type='ConstantLR', factor=0.1, end=9),
+    ],
+    ids=lambda scheduler: scheduler['type'],
+)
+# mmengine's, before the first step of an optimizer that this test never takes
+@pytest.mark.filterwarnings('ignore:Detected call of `scheduler.step:UserWarning')
+@pytest.mark.parametrize('gathered', [2, 5])
+def test_schedules_go_by_updates(scheduler, gathered):
+    """At step `gathered` x u the learning rate is the recipe's at update u."""
+
+    def rates(scheduler, steps):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        built = PARAM_SCHEDULERS.build(
+            dict(end=steps) | scheduler, default_args=dict(optimizer=optimizer)
+        )
+        for _ in range(steps):
+            yield optimizer.param_groups[0]['lr']
+            built.step()
+
+    def make():
+        param_scheduler = [dict(by_epoch=False, **scheduler)]
+        return toy(
+            param_scheduler=param_scheduler,
+            train_cfg=dict(type='IterBasedTrainLoop', max_iters=30),
+            optim_wrapper=dict(optimizer=dict(lr=1.0), accumulative_counts=gathered),
+        )
+
+    cfg = make()
+    fit_batch(cfg, 1)
+    stretched = list(rates(cfg.param_scheduler[0], cfg.train_cfg.max_iters))
+    recipe = list(rates(make().param_scheduler[0], 30))
+    assert stretched[::gathered] == pytest.approx(recipe, rel=1e-6, abs=1e-12)
+    assert len(set(recipe)) > 1
+
+
+def test_schedules_of_epochs_are_left_alone():
+    scheduler = dict(type='LinearLR', by_epoch=True, end=5, convert_to_iter_based=True)
+    train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=9, val_interval=2)
+    hooks = dict(checkpoint=dict(type='CheckpointHook', interval=3))
+    cfg = toy(param_scheduler=dict(scheduler), train_cfg=dict(train_cfg), default_hooks=hooks)
+    fit_batch(cfg, 1)
+    assert cfg.optim_wrapper.accumulative_counts == 4
+    assert (cfg.param_scheduler, cfg.train_cfg) == (scheduler, train_cfg)
+    assert cfg.default_hooks.checkpoint.interval == 3
+
+
+@pytest.mark.parametrize(
+    ('cuda', 'settings', 'batch'),
+    [
+        (False, dict(cpu_batch_size=1), 1),
+        (False, dict(cpu_batch_size=4), 2),
+        (False, dict(cpu_batch_size=None), 2),
+        (False, dict(cpu_batch_size=1, batch_size=4), 4),
+        (True, dict(cpu_batch_size=1), 2),
+    ],
+)
+def test_batch_and_workers_of_the_machine(cuda, settings, batch, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(4), raising=False)
+    cfg = toy(settings=settings)
+    loader = dict(cfg.train_dataloader, num_workers=8, persistent_workers=True, pin_memory=True)
+    cfg.train_dataloader = loader
+    cfg.val_dataloader = dict(loader, num_workers=0)
+    cfg.test_dataloader = dict(loader, num_workers=3)
+    remarks = fit_config(cfg)
+    assert 'workers: 4, one for each core (the config: 8)' in remarks
+    assert any('no GPU: 1 images a step' in remark for remark in remarks) == (batch == 1)
+    assert cfg.train_dataloader.batch_size == batch
+    assert cfg.train_dataloader.batch_size * cfg.optim_wrapper.accumulative_counts == 8
+    loaders = [cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader]
+    assert [loader.num_workers for loader in loaders] == [4, 0, 3]
+    assert [loader.persistent_workers for loader in loaders] == [True, False, True]
+    assert [loader.pin_memory for loader in loaders] == [cuda] * 3
+
+
+def test_processes_of_the_launchers(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '6')
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    monkeypatch.setenv('SLURM_NTASKS', '5')
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(4), raising=False)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    counts = [count_processes(launcher) for launcher in ('none', 'pytorch', 'slurm', 'mpi')]
+    assert counts == [1, 6, 5, 1]
+    cfg = toy(launcher='pytorch')
+    cfg.train_dataloader.num_workers = 8
+    cfg.auto_scale_lr.base_batch_size = 24
+    assert fit_config(cfg)[-1] == 'batch: 6 x 2 x 2 gathered = 24 (the recipe: 24)'
+    assert cfg.train_dataloader.num_workers == 2
+    assert cfg.model_wrapper_cfg.device_ids is None  # processes on CPUs
+
+
+def test_run_and_a_run_of_what_it_dumped(tmp_path):
+    """Same config before and after, updates as the recipe says, and nothing fitted twice."""
+    toy(work_dir=str(tmp_path / 'one'), settings=dict(batch_size=4)).dump(tmp_path / 'toy.py')
+    cfg = Config.fromfile(tmp_path / 'toy.py')
+    before = cfg.to_dict()
+    runner = RUNNERS.build(cfg)
+    assert cfg.to_dict() == before
+    updates = []
+    hook = register_optimizer_step_post_hook(lambda *_: updates.append(runner.iter))
+    runner.train()
+    hook.remove()
+    assert updates == [1, 3, 5] and runner.max_iters == 6
+    log = next((tmp_path / 'one').glob('*/*.log')).read_text()
+    assert 'batch: 1 x 4 x 2 gathered = 8 (the recipe: 8)' in log
+
+    dumped = Config.fromfile(tmp_path / 'one/toy.py')
+    assert 'settings' not in dumped
+    dumped.work_dir = str(tmp_path / 'two')
+    again = RUNNERS.build(dumped)
+    assert again.cfg.train_cfg.max_iters == 6
+    for name in ('optim_wrapper', 'param_scheduler', 'train_cfg', 'default_hooks'):
+        assert again.cfg[name] == dumped[name]
