@@ -9,7 +9,6 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
-from mmengine.runner import Runner
 from PIL import Image
 
 pytest.importorskip('mmcv.ops', reason='mmcv has no compiled operators', exc_type=ImportError)
@@ -17,6 +16,8 @@ pytest.importorskip('mmdet', reason='mmdetection is not installed')
 
 from mmdet.datasets import CocoDataset  # noqa: E402
 
+from cae_mm.engine import CAERunner  # noqa: E402
+from cae_mm.engine.settings import apply_settings  # noqa: E402
 from cae_mm.patches import patchify, unpadded_grids  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('plain_config_text')
@@ -98,23 +99,21 @@ def shrink(cfg: Config, coco: Path, work_dir: Path) -> Config:
     cfg.work_dir = str(work_dir)
     annotations = 'custom.json' if 'metainfo' in cfg.train_dataloader.dataset else 'coco.json'
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
-        loader.update(batch_size=2, num_workers=0, pin_memory=False, persistent_workers=False)
-        loader.dataset.update(data_root=str(coco), ann_file=annotations, data_prefix=dict(img=''))
+        loader.update(batch_size=2, num_workers=0)
+        loader.dataset.update(ann_file=annotations, data_prefix=dict(img=''))
     cfg.val_evaluator.update(
         ann_file=str(coco / annotations), outfile_prefix=str(work_dir / 'coco')
     )
-    pipeline = cfg.train_dataloader.dataset.pipeline
-    if pipeline[3]['type'] == 'RandomChoice':
-        direct, cropped = pipeline[3].transforms
-        direct[0].scales = cropped[2].scales = [(64, 96)]
-        cropped[0].scales = [(56, 96)]
-        cropped[1].crop_size = (48, 56)
-    cfg.val_dataloader.dataset.pipeline[1]['scale'] = (96, 64)
+    transforms = dict(Resize=dict(scale=(96, 64)))
+    if 'mini' not in cfg.model.backbone.arch:
+        transforms |= dict(
+            RandomChoiceResize=dict(scales=[(64, 96)]), RandomCrop=dict(crop_size=(48, 56))
+        )
+    apply_settings(cfg, data_root=str(coco), transforms=transforms)
     cfg.train_cfg.max_epochs = cfg.train_cfg.val_interval = 1
     cfg.param_scheduler = []
-    cfg.optim_wrapper.accumulative_counts = 1
+    cfg.auto_scale_lr.base_batch_size = 2
     cfg.default_hooks.checkpoint.interval = -1
-    cfg.env_cfg.dist_cfg.backend = 'gloo'
     model = cfg.model
     model.backbone.init_cfg = None
     model.backbone.arch = dict(embed_dims=WIDTH, depth=4, num_heads=2, layer_scale=0.1)
@@ -127,7 +126,7 @@ def shrink(cfg: Config, coco: Path, work_dir: Path) -> Config:
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_config_trains_and_evaluates_when_shrunk(path, coco, tmp_path):
     cfg = shrink(Config.fromfile(path), coco, tmp_path)
-    runner = Runner.from_cfg(cfg)
+    runner = CAERunner.from_cfg(cfg)
     runner.model.init_weights()
     runner._init_model_weights = lambda: None
     before = {name: p.detach().clone() for name, p in runner.model.named_parameters()}
@@ -199,8 +198,8 @@ def test_recipe_of_the_paper(path):
         'large': (2e-4, 0.8, 0.2),  # official: 0.85
     }[backbone.arch]
     wrapper = cfg.optim_wrapper
-    batch = cfg.train_dataloader.batch_size * wrapper.get('accumulative_counts', 16)
-    assert batch == 32
+    assert cfg.train_dataloader.batch_size == 2 and 'accumulative_counts' not in wrapper
+    assert cfg.auto_scale_lr == dict(enable=True, base_batch_size=16 * 2)
     assert wrapper.optimizer == dict(
         type='AdamW', lr=lr, betas=(0.9, 0.999), weight_decay=0.05, fused=True
     )
@@ -213,22 +212,23 @@ def test_recipe_of_the_paper(path):
     assert cfg.train_cfg.max_epochs == 12
     warmup, steps = cfg.param_scheduler
     assert (steps.milestones, steps.gamma) == ([9, 11], 0.1)
-    assert warmup.start_factor == 1e-3
-    assert warmup.end == 500 * wrapper.get('accumulative_counts', 1)
+    assert (warmup.start_factor, warmup.end) == (1e-3, 500)
 
-    direct, cropped = cfg.train_dataloader.dataset.pipeline[3].transforms
+    steps = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}
+    direct, cropped = steps['RandomChoice'].transforms
     assert [scale for scale in direct[0].scales] == [(s, 1333) for s in range(480, 801, 32)]
     assert cropped[0].scales == [(400, 1333), (500, 1333), (600, 1333)]
     assert cropped[1].crop_size == (384, 600) and cropped[1].allow_negative_crop
     assert cropped[2] == direct[0]
-    assert cfg.test_dataloader.dataset.pipeline[1].scale == (1333, 800)
+    [resize] = [s for s in cfg.test_dataloader.dataset.pipeline if s.type == 'Resize']
+    assert resize.scale == (1333, 800)
 
     heads = cfg.model.roi_head.bbox_head
     cascade = 'cascade' in path.stem
     assert isinstance(heads, list) == cascade
     for head in heads if cascade else [heads]:
         assert (head.num_shared_convs, head.num_shared_fcs, head.num_classes) == (4, 1, 80)
-        assert head.norm_cfg.type == ('GN' if '1xb2' in path.stem else 'SyncBN')
+        assert head.norm_cfg.type == ('GN' if '_gn_' in path.stem else 'SyncBN')
         assert head.reg_decoded_bbox and not head.reg_class_agnostic
         assert head.loss_bbox == dict(type='GIoULoss', loss_weight=10.0)
     assert cfg.model.train_cfg.rpn_proposal.max_per_img == 2000
@@ -259,7 +259,7 @@ def test_global_blocks_are_evenly_spaced(size):
 @pytest.mark.parametrize('name', ['mask-rcnn', 'dino'])
 def test_learning_rates_decay_by_layer(name, coco, tmp_path):
     (path,) = [p for p in CONFIGS if f'large_{name}' in p.stem]
-    runner = Runner.from_cfg(shrink(Config.fromfile(path), coco, tmp_path))
+    runner = CAERunner.from_cfg(shrink(Config.fromfile(path), coco, tmp_path))
     wrapper = runner.build_optim_wrapper(runner.cfg.optim_wrapper)
     lr = {
         id(param): group['lr']
@@ -280,7 +280,9 @@ def test_learning_rates_decay_by_layer(name, coco, tmp_path):
 def test_heads_run_in_float32(coco, tmp_path):
     """RoIAlign of mmcv has no bfloat16."""
     (path,) = [p for p in CONFIGS if 'base_mask-rcnn_16xb2' in p.stem]
-    runner = Runner.from_cfg(shrink(Config.fromfile(path), coco, tmp_path))
+    cfg = shrink(Config.fromfile(path), coco, tmp_path)
+    cfg.optim_wrapper.dtype = 'bfloat16'  # on any machine
+    runner = CAERunner.from_cfg(cfg)
     wrapper = runner.build_optim_wrapper(runner.cfg.optim_wrapper)
     seen = {}
     for name in ('backbone.blocks.0.mlp.fc2', 'neck.1.fpn_convs.0.conv', 'rpn_head.rpn_conv'):

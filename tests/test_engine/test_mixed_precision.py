@@ -1,0 +1,173 @@
+"""Number formats of training, resuming in another one, and gathering of gradients."""
+
+import pytest
+import torch
+from builders import build_cae, make_batch
+from mmengine.optim import build_optim_wrapper
+from torch import nn
+
+from cae_mm.precision import Precision
+
+
+def build(model, **changes):
+    cfg = dict(type='cae_mm.MixedPrecisionOptimWrapper', optimizer=dict(type='SGD', lr=0.1))
+    return build_optim_wrapper(model, cfg | changes)
+
+
+class Maps(nn.Linear):
+    """Return a tuple, as backbones do."""
+
+    def forward(self, x):
+        return (super().forward(x),)
+
+
+class Parts(nn.Module):
+    """A backbone and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = Maps(2, 2)
+        self.head = nn.Linear(2, 2)
+
+    def forward(self, x):
+        (y,) = self.backbone(x)
+        return y, self.head(y)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32])
+def test_auto_is_what_the_machine_has(dtype, monkeypatch):
+    asked = []
+
+    def choose(device_type, wish):
+        asked.append((device_type, wish))
+        return Precision(dtype, 'so')
+
+    monkeypatch.setattr('cae_mm.engine.mixed_precision.choose_precision', choose)
+    model = Parts()
+    wrapper = build(model)
+    assert wrapper.loss_scaler.is_enabled() == (dtype == torch.float16)
+    with wrapper.optim_context(model):
+        assert torch.is_autocast_enabled('cpu') == (dtype != torch.float32)
+        assert model.head(torch.ones(1, 2)).dtype == dtype
+    assert not torch.is_autocast_enabled('cpu')
+    build(model, dtype='float32')
+    assert asked == [(wrapper.device_type, 'auto'), (wrapper.device_type, 'float32')]
+
+
+def test_parameters_of_a_model_stay_float32():
+    model = build_cae()
+    wrapper = build(model, dtype='bfloat16', clip_grad=dict(max_norm=3.0))
+    with wrapper.optim_context(model):
+        assert model.backbone.blocks[0].mlp.fc1(torch.randn(1, 16)).dtype == torch.bfloat16
+        losses = model(*make_batch(), mode='loss')
+    before = {name: param.clone() for name, param in model.named_parameters()}
+    wrapper.update_params(losses['loss_main'] + losses['loss_align'])
+    for name, param in model.named_parameters():
+        assert param.dtype == torch.float32
+        moved = not torch.equal(param, before[name])
+        assert moved == param.requires_grad, name
+
+
+def test_one_part_of_a_model():
+    model, x = Parts(), torch.tensor([[1.0, 0.3]])
+    wrapper = build(model, dtype='bfloat16', modules=['backbone'])
+    with wrapper.optim_context(model):
+        inner, outer = model(x)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        (expected,) = model.backbone(x)
+    assert inner.dtype == outer.dtype == torch.float32
+    assert torch.equal(inner, expected.float())
+    assert torch.equal(outer, model.head(inner))
+    inner.sum().backward()
+    assert model.backbone.weight.grad.dtype == torch.float32
+    assert not torch.equal(model(x)[0], inner)  # nothing stays behind
+
+
+def test_one_part_that_fails():
+    model = Parts()
+    wrapper = build(model, dtype='bfloat16', modules=['backbone'])
+    with pytest.raises(RuntimeError, match='shapes'), wrapper.optim_context(model):
+        model(torch.zeros(1, 3))
+    assert not torch.is_autocast_enabled('cpu')
+    assert model(torch.zeros(1, 2))[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize('clip', [None, dict(max_norm=0.01)])
+def test_scaled_losses_make_the_same_step(clip):
+    """Scaling by 2 ** 16 leaves no trace in the step; an overflow is no step and a lower scale."""
+    weights = []
+    for dtype in ('float32', 'float16'):
+        torch.manual_seed(0)
+        model = Parts()
+        wrapper = build(model, dtype=dtype, clip_grad=clip)
+        wrapper.update_params(model(torch.ones(1, 2))[1].square().sum())
+        weights.append(model.head.weight.detach().clone())
+    torch.testing.assert_close(*weights)
+    scale = wrapper.loss_scaler.get_scale()
+    wrapper.update_params(model(torch.ones(1, 2))[1].sum() * torch.inf)
+    assert torch.equal(model.head.weight, weights[1])
+    assert wrapper.loss_scaler.get_scale() == scale / 2 > 1
+
+
+@pytest.mark.parametrize('to', ['float16', 'bfloat16'])
+@pytest.mark.parametrize('origin', ['float16', 'float32'])
+def test_a_checkpoint_resumes_in_another_format(origin, to):
+    def make(dtype):
+        return build(model, dtype=dtype, optimizer=dict(type='SGD', lr=0.1, momentum=0.9))
+
+    model = Parts()
+    saved = make(origin)
+    saved.update_params(model(torch.ones(1, 2))[1].sum())
+    saved.loss_scaler.update(2.0**10)
+    state = saved.state_dict()
+    assert ('loss_scaler' in state) == (origin == 'float16')
+    loaded = make(to)
+    initial = loaded.loss_scaler.get_scale()
+    loaded.load_state_dict(state)
+    expected = 2.0**10 if origin == to else initial
+    assert loaded.loss_scaler.get_scale() == expected
+    momenta = [wrapper.optimizer.state_dict()['state'] for wrapper in (saved, loaded)]
+    assert len(momenta[0]) == 4
+    for i, values in momenta[0].items():
+        assert torch.equal(values['momentum_buffer'], momenta[1][i]['momentum_buffer'])
+
+
+def test_gathering_equals_one_large_batch():
+    """Two steps with 2 images are the update of one with 4 (float32)."""
+    results = []
+    views, samples = make_batch(4)
+    for parts in (1, 2):
+        model = build_cae().train()
+        wrapper = build(model, dtype='float32', accumulative_counts=parts)
+        for i in range(parts):
+            part = slice(i * 4 // parts, (i + 1) * 4 // parts)
+            with wrapper.optim_context(model):
+                losses = model([view[part] for view in views], samples[part], mode='loss')
+            wrapper.update_params(losses['loss_main'] + losses['loss_align'])
+        results.append(model.state_dict())
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value)
+
+
+@pytest.mark.parametrize(('length', 'gathered'), [(6, 3), (7, 3), (5, 4), (2, 3), (4, 1)])
+@pytest.mark.parametrize('start', [0, 1])
+def test_gathering_ends_with_the_epoch(length, gathered, start):
+    """Each update is by the mean gradient of its steps, of few at an epoch's end."""
+    inputs = torch.randn(3, length, 1, 2, generator=torch.Generator().manual_seed(0))
+    model = nn.Linear(2, 1, bias=False)
+    expected = model.weight.detach().clone()
+    wrapper = build(model, dtype='float32', accumulative_counts=gathered)
+    wrapper.epoch_length = length
+    wrapper.initialize_count_status(model, start * length, 3 * length)  # resumed
+    for epoch in range(start, 3):
+        for first in range(0, length, gathered):
+            window = inputs[epoch, first : first + gathered]
+            for i, x in enumerate(window, start=1):
+                assert wrapper.should_sync() == (i == len(window))
+                with wrapper.optim_context(model):
+                    loss = model(x).sum()
+                wrapper.update_params(loss)
+                assert wrapper.should_update() == (i == len(window))
+            expected -= 0.1 * window.mean(0)
+            torch.testing.assert_close(model.weight.detach(), expected)
+        assert model.weight.grad is None or not model.weight.grad.any()  # nothing is pending
