@@ -61,7 +61,7 @@ def shrink(cfg: Config, data: Path, work_dir: Path) -> Config:
     """The same run with a tiny model, tiny images and two iterations of two images."""
     cfg.work_dir = str(work_dir)
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-        cfg[name].num_workers = 0
+        cfg[name].update(num_workers=0, persistent_workers=False)
     own = cfg.train_dataloader.dataset.type == 'mmseg.BaseSegDataset'
     root = str(data / ('custom' if own else 'ade'))
     apply_settings(cfg, img_size=CROP, data_root=root, batch_size=2)
