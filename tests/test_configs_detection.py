@@ -144,7 +144,7 @@ def test_config_trains_and_evaluates_when_shrunk(path, coco, tmp_path):
 
 def test_regions_of_a_batch_are_those_of_its_images(coco, tmp_path):
     """RoIAlign of mmcv takes all maps for contiguous, and says nothing when they are not."""
-    path = ROOT / 'configs/mask_rcnn/cae_vit-base_mask-rcnn_1xb2-accum16-amp-1x_coco.py'
+    path = ROOT / 'configs/mask_rcnn/cae_vit-base_mask-rcnn_gn_16xb2-amp-1x_coco.py'
     model = MODELS.build(shrink(Config.fromfile(path), coco, tmp_path).model).eval()
     pool = model.roi_head.bbox_roi_extractor
     images, box = torch.randn(2, 3, 64, 96), [8.0, 8.0, 60.0, 50.0]

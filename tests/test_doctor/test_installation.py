@@ -104,7 +104,7 @@ def test_config_is_linted(capsys):
 
 
 def test_checkpoint_is_linted(capsys, tmp_path):
-    config = ROOT / 'configs/linear/vit-base-p16_cae-pre_1xb1024-linear-coslr-90e_in1k.py'
+    config = ROOT / 'configs/linear/vit-base-p16_cae-pre_32xb512-linear-coslr-90e_in1k.py'
     path = tmp_path / 'notes.pth'
     path.write_text('no checkpoint')
     assert doctor.main([str(config), str(path), '--gpus', '1']) == 1
