@@ -153,10 +153,6 @@ def test_config_builds_at_full_size(path):
         assert cfg.model.neck.in_dims == model.backbone.embed_dims
 
 
-def by_name(part: str) -> list[Path]:
-    return [path for path in PRETRAIN if part in path.stem]
-
-
 @pytest.mark.parametrize('path', PRETRAIN, ids=lambda path: path.stem)
 def test_recipe_of_the_paper(path):
     """Paper, "Training Details", and the official scripts."""
@@ -199,18 +195,6 @@ def test_recipe_of_the_paper(path):
     second = (white - preprocessor.means[1].flatten()) / preprocessor.stds[1].flatten()
     expected = 1.0 if 'dvae' in path.stem else 0.9  # 2 x - 1 against 0.8 x + 0.1
     assert second.tolist() == pytest.approx([expected] * 3)
-
-
-def test_all_sizes_schedules_and_targets_are_there():
-    for size in (
-        'cae_vit-small',
-        'cae_vit-base',
-        'cae_vit-large',
-        'cae-dvae_vit-base',
-        'cae-rgb_vit-base',
-    ):
-        for epochs in (300, 800, 1600):
-            assert by_name(f'{size}-p16_32xb64-amp-coslr-{epochs}e_in1k'), (size, epochs)
 
 
 def test_model_index_names_existing_configs():
@@ -341,14 +325,22 @@ def test_finetuning_starts_from_the_pretrained_encoder(images, tmp_path):
     torch.testing.assert_close(feature, model.backbone.norm(tokens[:, 1:].mean(1)))
 
 
-def test_all_sizes_and_protocols_are_there():
-    names = {path.stem for path in CONFIGS}
-    for size, epochs in (('small', 200), ('base', 100), ('large', 50)):
-        for protocol in (
-            '32xb512-linear-coslr-90e',
-            '32xb256-attentive-coslr-90e',
-            f'32xb128-coslr-{epochs}e',
-        ):
-            assert f'vit-{size}-p16_cae-pre_{protocol}_in1k' in names
-    for dataset in ('food101', 'clipart', 'sketch'):
-        assert f'vit-base-p16_cae-pre_32xb128-coslr-100e_{dataset}' in names
+def expand(name: str) -> set[str]:
+    """All names that a name with braces stands for, as in a shell."""
+    head, brace, rest = name.partition('{')
+    if not brace:
+        return {name}
+    choices, _, tail = rest.partition('}')
+    return {name for choice in choices.split(',') for name in expand(head + choice + tail)}
+
+
+def test_documented_configs_are_all_that_there_are():
+    leaves = {str(path.relative_to(ROOT)) for path in (ROOT / 'configs').glob('[a-z]*/*.py')}
+    for page in (ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')):
+        for name in re.findall(r'configs/[a-z_]+/[\w{},-]+\.py', page.read_text()):
+            assert expand(name) <= leaves, (page, name)
+    table = re.findall(r'`([a-z_]+/[\w{},*-]+\.py)`', (ROOT / 'docs' / 'configs.md').read_text())
+    patterns = [pattern for row in table for pattern in expand(row)]
+    listed = {pattern: sorted((ROOT / 'configs').glob(pattern)) for pattern in patterns}
+    assert all(listed.values())
+    assert {str(path.relative_to(ROOT)) for paths in listed.values() for path in paths} == leaves
