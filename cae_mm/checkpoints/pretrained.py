@@ -147,7 +147,7 @@ def compare_descriptions(
 ) -> list[str]:
     """Compare what no shape tells: number of heads, and size of pretraining.
 
-    An encoder that was not told its size of pretraining takes that of the file.
+    The encoder's positions follow the size that the file says.
 
     Returns:
         A remark if the file has positions for another size than the model had.
@@ -167,13 +167,9 @@ def compare_descriptions(
         )
     if of_file.pretrain_img_size == of_model.pretrain_img_size:
         return []
-    sizes = [f'{h}x{w}' for h, w in (of_file.pretrain_img_size, of_model.pretrain_img_size)]
-    if encoder.take_pretrain_size(of_file.pretrain_img_size):
-        return [f'positions are resized from those for {sizes[0]} pixels, as the file says']
-    return [
-        f'the file has positions for {sizes[0]} pixels, pretrain_img_size says {sizes[1]}: leave '
-        'it out to keep those of the file'
-    ]
+    encoder.set_pretrain_size(of_file.pretrain_img_size)
+    height, width = of_file.pretrain_img_size
+    return [f'positions are resized from those for {height}x{width} pixels, as the file says']
 
 
 @dataclass(frozen=True)

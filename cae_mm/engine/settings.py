@@ -138,6 +138,7 @@ def _set_img_size(cfg: Any, value: int | tuple[int, int]) -> None:
         )
     if backbone is not None:
         if backbone.get('init_cfg') and class_name(backbone) == 'CAEViT':
+            # for weights that do not say their own size
             backbone.setdefault('pretrain_img_size', backbone.get('img_size', 224))
         backbone['img_size'] = size
     if 'decode_head' in model:

@@ -73,7 +73,7 @@ class SinCosPositions(nn.Module):
             self._tables[grid, device] = self._build(grid).to(device)
         return self._tables[grid, device]
 
-    def resize_from(self, base_grid: Grid) -> None:
+    def set_base_grid(self, base_grid: Grid) -> None:
         """Resize the tables from another base grid from now on."""
         self.base_grid = base_grid
         self._tables.clear()

@@ -65,8 +65,9 @@ class CAEViT(PretrainedModule):
             positions if ``pretrain_img_size`` does not say otherwise. In pretraining the images
             must have this size; elsewhere any size will do, tables and positions are resized.
         pretrain_img_size: Height and width in pixels of pretraining, for which the fixed positions
-            are exact; None means what the checkpoint says that is loaded, else ``img_size``. Other
-            sizes get positions resized bicubically from these, as in the official downstream code.
+            are exact, where the checkpoint that is loaded does not say; None means ``img_size``.
+            Other sizes get positions resized bicubically from these, as in the official
+            downstream code.
         unpadded_positions: Resize positions to each image's own grid of patches, so that they do
             not depend on how far it is padded at the right and the bottom (with zeros, after
             normalisation). False: to the grid of the padded batch, as the official downstream code.
@@ -147,7 +148,6 @@ class CAEViT(PretrainedModule):
 
         self.patch_embed = PatchEmbed(in_channels, patch_size, self.embed_dims)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dims))
-        self.knows_pretrain_size = pretrain_img_size is not None
         pretrain_grid = grid_of(to_pair(pretrain_img_size or img_size), patch_size)
         self.positions = SinCosPositions(self.embed_dims, base_grid=pretrain_grid)
         self.blocks = nn.ModuleList(
@@ -239,11 +239,9 @@ class CAEViT(PretrainedModule):
             pooled_norm=self.out_type == 'avg_featmap',
         )
 
-    def take_pretrain_size(self, size: tuple[int, int]) -> bool:
-        """Resize positions from those for ``size`` pixels, unless another size was asked for."""
-        if not self.knows_pretrain_size:
-            self.positions.resize_from(grid_of(size, self.patch_size))
-        return not self.knows_pretrain_size
+    def set_pretrain_size(self, size: tuple[int, int]) -> None:
+        """Resize positions from those for ``size`` pixels from now on."""
+        self.positions.set_base_grid(grid_of(size, self.patch_size))
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Make the weights of another ``CAEViT`` fit the options of this one.
