@@ -22,12 +22,12 @@ model = dict(
     backbone=dict(img_size=64, patch_size=8),
     neck=dict(out_dims=256),
     target_generator=dict(
-        vocab_size=256, init_cfg=dict(checkpoint='work_dirs/demo/dvae/epoch_12.pth')
+        vocab_size=256, init_cfg=dict(checkpoint='work_dirs/demo/dvae/epoch_8.pth')
     ),
 )
 train_dataloader = dict(num_workers=0)
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
 _base_.param_scheduler[0].update(start_factor=0.01, end=2)
 _base_.param_scheduler[1].begin = 2
-train_cfg = dict(max_epochs=18)
+train_cfg = dict(max_epochs=14)
 auto_scale_lr = dict(base_batch_size=64)

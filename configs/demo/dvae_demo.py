@@ -18,5 +18,5 @@ optim_wrapper = dict(optimizer=dict(lr=2e-3))
 param_scheduler = [
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, convert_to_iter_based=True)
 ]
-train_cfg = dict(max_epochs=12)
+train_cfg = dict(max_epochs=8)
 auto_scale_lr = dict(base_batch_size=32)
