@@ -106,6 +106,11 @@ class CAE(BaseSelfSupervisor):
             collapse).
         """
         images = inputs[0]
+        if not all('mask' in sample for sample in data_samples):
+            raise ValueError(
+                'the data samples have no mask: train_dataloader.dataset.pipeline needs '
+                "dict(type='cae_mm.CAEMaskGenerator', patch_size=...) after the crop"
+            )
         mask = torch.stack([sample.mask for sample in data_samples]).flatten(1).bool()  # [B, N]
         grid, ids_v, ids_m = self._split(images, mask)
 
@@ -198,7 +203,8 @@ class CAE(BaseSelfSupervisor):
         if mask.shape[1] != grid[0] * grid[1]:
             raise ValueError(
                 f'the masks have {mask.shape[1]} entries, but the images have '
-                f'{grid[0]}x{grid[1]} patches'
+                f'{grid[0]}x{grid[1]} patches: put CAEMaskGenerator after the crop, with '
+                f'patch_size={self.backbone.patch_size}'
             )
         return grid
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cae_mm.checkpoints import PretrainedModule
-from cae_mm.models.targets.tokenizer import Tokenizer
+from cae_mm.models.targets.tokenizer import Tokenizer, without_autocast
 from cae_mm.registry import MODELS
 
 NUM_GROUPS = 4
@@ -119,6 +119,8 @@ class DALLEEncoder(Tokenizer):
     def encode_features(self, images: Tensor) -> Tensor:
         """Run all but the output layer: (B, 3, h, w) in [0.1, 0.9] -> (B, 8 * n_hid, h/8, w/8)."""
         device = images.device.type
+        if device == 'meta':  # shapes only; torch has no autocast there
+            return self.blocks[:-1](images)
         dtype = torch.float16 if device == 'cuda' else torch.get_autocast_dtype(device)
         mixed = self.mixed_precision and torch.is_autocast_enabled(device)
         with torch.autocast(device, dtype, enabled=mixed):
@@ -127,7 +129,7 @@ class DALLEEncoder(Tokenizer):
     def classify(self, features: Tensor) -> Tensor:
         """Logits of features (..., 8 * n_hid), always in (at least) float32."""
         conv = self.blocks.output.conv
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             x = self.blocks.output.relu(features.to(conv.w.dtype))
             return F.linear(x, conv.w.flatten(1), conv.b)
 

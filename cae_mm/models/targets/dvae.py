@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from cae_mm.models.targets.tokenizer import Tokenizer
+from cae_mm.models.targets.tokenizer import Tokenizer, without_autocast
 from cae_mm.registry import MODELS
 
 
@@ -140,12 +140,12 @@ class DiscreteVAE(Tokenizer, BaseModel):
 
     def encode_features(self, images: Tensor) -> Tensor:
         """Run the encoder in float32, so that tokens do not depend on autocast."""
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images):
             return self.encoder(images)
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits of features (..., D), always in (at least) float32."""
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             return self.output(features.to(self.output.weight.dtype))
 
 

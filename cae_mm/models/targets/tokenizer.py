@@ -1,6 +1,7 @@
 """What all tokenizers share: one discrete token per patch of the second view."""
 
 from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -73,3 +74,11 @@ class Tokenizer(PretrainedModule):
             '(3) use pixels as targets, they need no weights: '
             'configs/pretrain/cae-rgb_vit-base-p16_32xb64-amp-coslr-300e_in1k.py'
         )
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Switch autocast off on the device of ``x``; the meta device knows none."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
