@@ -1,4 +1,4 @@
-"""Whether the data is where the config says, and whether it makes a batch."""
+"""Whether the data is where the config says, and samples of it for one batch."""
 
 import os
 from collections.abc import Iterator
@@ -6,76 +6,104 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cae_mm.doctor.case import Case, Finding
-from cae_mm.doctor.failures import explain, failure
+from mmengine.registry import DATASETS
+from PIL import Image
 
-SMALL_LIST = 2**20  # bytes; longer lists of images are not read
+from cae_mm.doctor.case import Case
+from cae_mm.doctor.finding import Finding, explain, failure
+
+MAX_IMAGES, MAX_LIST = 100_000, 2**24  # files and bytes of a list that are read in a second
+WIDTH, HEIGHT = 400, 300  # of the image that stands for those that are not here
 
 
 def check_data(case: Case) -> Iterator[Finding]:
-    """Missing folders and lists; too few images for a batch."""
-    if case.unusable_scopes:
-        return  # the model's check says so
-    for key, node in case.datasets.items():
-        if '://' in str(node.get('data_root')):
-            continue  # not on this machine
-        dataset = case.build_dataset(node)
+    """Look for folders and lists; that of training is opened by ``open_training_data``."""
+    for key, dataset in _build_datasets(case):
         if isinstance(dataset, Exception):
             yield failure(case, key, dataset)
             continue
-        missing = list(_missing(case, key, dataset))
-        yield from missing
-        if not missing and key == 'train_dataloader.dataset':
-            yield from _check_count(case, key, dataset)
+        level = 'warning' if key.startswith('test_dataloader') else 'error'
+        for name, path in _find_missing(dataset).items():
+            text = f'{Path(path).absolute()} does not exist'
+            remedy = 'put the data there, or set settings.data_root'
+            yield case.finding(level, f'{key}.{name}', text, remedy)
 
 
-def _missing(case: Case, key: str, dataset: Any) -> Iterator[Finding]:
-    level = 'warning' if key.startswith('test_dataloader') else 'error'
-    paths = {'data_root': getattr(dataset, 'data_root', None), 'ann_file': dataset.ann_file}
+def open_training_data(case: Case) -> Any:
+    """The first training dataset with its list read, or the exception.
+
+    None if it is not here, or so large that reading its list takes long.
+    """
+    for key, dataset in _build_datasets(case):
+        if key.startswith('train_dataloader') and not isinstance(dataset, Exception):
+            if _find_missing(dataset) or not _is_small(dataset):
+                return None
+            return case.attempt(dataset.full_init) or dataset  # nothing, or what it raised
+    return None
+
+
+def check_count(case: Case, key: str, dataset: Any) -> Iterator[Finding]:
+    """Compare the number of images with what one iteration of an epoch takes."""
+    if isinstance(dataset, Exception):
+        remedy = 'look at what is in the folder, and at extensions and ann_file'
+        yield case.finding('error', key, explain(dataset), remedy)
+        return
+    loader = case.get('train_dataloader')
+    sampler = str((loader.get('sampler') or {}).get('type', 'DefaultSampler'))
+    images = -(-len(dataset) // case.machine.processes)  # of one process, as the sampler deals
+    if key != 'train_dataloader.dataset' or not sampler.endswith('DefaultSampler'):
+        return
+    if images == 0 or (loader.get('drop_last') and images < loader['batch_size']):
+        key = 'train_dataloader.batch_size'
+        text = f'{len(dataset)} images are {images} a process, less than a batch: with drop_last '
+        remedy = f'set {key}={max(images, 1)} or less, or train_dataloader.drop_last=False'
+        yield case.finding('error', key, f'{text}no iteration is left', remedy)
+
+
+def make_sample(folder: Path) -> dict[str, Any]:
+    """Describe an image, written to ``folder``, as the datasets of all tasks describe one."""
+    image, labels = folder / 'image.png', folder / 'labels.png'
+    Image.effect_noise((WIDTH, HEIGHT), 100).convert('RGB').save(image)
+    Image.new('L', (WIDTH, HEIGHT), 1).save(labels)
+    outline = [50, 50, 250, 50, 250, 250, 50, 250]
+    instance = dict(bbox=[50, 50, 250, 250], bbox_label=0, ignore_flag=0, mask=[outline])
+    return dict(
+        img_path=str(image),
+        img_id=0,
+        sample_idx=0,
+        height=HEIGHT,
+        width=WIDTH,
+        gt_label=0,
+        seg_map_path=str(labels),
+        seg_fields=[],
+        label_map=None,
+        reduce_zero_label=False,
+        instances=[instance],
+    )
+
+
+def _build_datasets(case: Case) -> Iterator[tuple[str, Any]]:
+    """Each dataset of this machine without its pipeline, or the exception that it raised."""
+    if not case.unusable_scopes:  # said of the model
+        for key, node in case.datasets.items():
+            if '://' not in str(node.get('data_root')):
+                yield key, case.build(DATASETS, node | dict(pipeline=[], lazy_init=True))
+
+
+def _find_missing(dataset: Any) -> dict[str, str]:
+    """Paths of a dataset that do not exist, by argument; the root alone if that is missing."""
+    paths = dict(data_root=getattr(dataset, 'data_root', None), ann_file=dataset.ann_file)
     prefixes = dataset.data_prefix
     for name, path in prefixes.items():
         paths['data_prefix' if len(prefixes) == 1 else f'data_prefix.{name}'] = path
-    for name, path in paths.items():
-        if path and not Path(path).exists():
-            where = f'{key}.{name}'
-            yield case.found(
-                level,
-                where,
-                f'{Path(path).absolute()} does not exist',
-                f'put the data there, or set {where}',
-            )
-            if name == 'data_root':
-                return
+    missing = {name: path for name, path in paths.items() if path and not Path(path).exists()}
+    return {'data_root': missing['data_root']} if 'data_root' in missing else missing
 
 
-def _check_count(case: Case, key: str, dataset: Any) -> Iterator[Finding]:
-    """Compare the number of images with what one iteration of an epoch takes."""
-    loader = case.get('train_dataloader')
-    sampler = str((loader.get('sampler') or {}).get('type', 'DefaultSampler'))
-    wanted = (loader.get('batch_size') or 1) * case.machine.processes
-    if not sampler.endswith('DefaultSampler') or not _is_small(dataset, wanted):
-        return
-    error = case.attempt(dataset.full_init)
-    if isinstance(error, Exception):
-        remedy = 'look at what is in the folder, and at extensions and ann_file'
-        yield case.found('error', key, explain(error), remedy)
-        return
-    images = -(-len(dataset) // case.machine.processes)  # of one process, as the sampler deals
-    if len(dataset) == 0 or (loader.get('drop_last') and images < loader['batch_size']):
-        yield case.found(
-            'error',
-            'train_dataloader.batch_size',
-            f'{len(dataset)} images are {images} a process, less than a batch, and drop_last '
-            'leaves out what is no full batch: no iteration is left',
-            f'set train_dataloader.batch_size={max(images, 1)} or less, or '
-            'train_dataloader.drop_last=False',
-        )
-
-
-def _is_small(dataset: Any, wanted: int) -> bool:
-    """Whether reading the list of images is quick, or there may be too few of them."""
+def _is_small(dataset: Any) -> bool:
+    """Whether reading the list of images is quick."""
     if dataset.ann_file:
-        return os.path.getsize(dataset.ann_file) < SMALL_LIST
+        return os.path.getsize(dataset.ann_file) < MAX_LIST
     folders = [path for path in dataset.data_prefix.values() if path] or [dataset.data_root]
     files = (file for folder in folders for _, _, files in os.walk(folder) for file in files)
-    return len(list(islice(files, 2 * wanted + 1))) <= 2 * wanted
+    return len(list(islice(files, MAX_IMAGES + 1))) <= MAX_IMAGES

@@ -1,5 +1,6 @@
 """What is installed: packages, registries, operators, devices, tokenizer weights."""
 
+import os
 import platform
 import sys
 from importlib import import_module
@@ -98,18 +99,19 @@ def check_operators() -> Section:
 
 
 def check_devices() -> Section:
-    """The GPUs that torch sees."""
-    title = 'GPUs'
+    """The CPU and the GPUs that torch sees, and the number format that they train in."""
+    title = 'Devices'
     try:
         cuda = import_module('torch').cuda
+        choose_precision = import_module('cae_mm.precision').choose_precision
     except Exception:  # a broken torch is reported with the packages
         return Section(title, [('unknown: torch cannot be imported',)], [])
-    rows: list[tuple[str, ...]] = []
+    rows: list[tuple[str, ...]] = [('CPU', f'{os.cpu_count()} cores', str(choose_precision('cpu')))]
     for index in range(cuda.device_count()):
-        device = cuda.get_device_properties(index)
-        bf16 = 'bf16' if device.major >= 8 else 'no bf16'
-        rows.append((str(index), device.name, f'{device.total_memory / 2**30:.0f} GiB', bf16))
-    return Section(title, rows or [('none: CPU',)], [])
+        memory = f'{cuda.get_device_properties(index).total_memory / 2**30:.0f} GiB'
+        with cuda.device(index):
+            rows.append((f'GPU {index}', memory, str(choose_precision('cuda'))))
+    return Section(title, rows, [])
 
 
 def check_weights(folder: Path) -> Section:

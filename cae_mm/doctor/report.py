@@ -1,75 +1,65 @@
-"""All checks in their order, and the report on them."""
+"""All checks of a config in their order, and the report on them."""
 
 import argparse
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import DictAction
 
-from cae_mm.doctor import data, model, training, weights
-from cae_mm.doctor.case import LEVELS, Case, Finding, Machine
-from cae_mm.doctor.failures import explain
+from cae_mm.doctor import data, names, pretraining, training, trial, weights
+from cae_mm.doctor.case import Case, Machine
+from cae_mm.doctor.finding import LEVELS, Finding, explain
 
 CHECKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
-    model.check_types,
-    model.check_model,
-    model.check_transforms,
-    model.check_views,
-    model.check_probe,
-    model.check_pretraining_options,
+    names.check_names,
+    trial.check_build,
     weights.check_weights,
-    weights.check_layer_scale,
-    weights.check_positions,
-    weights.check_normalization,
-    weights.check_second_view,
+    pretraining.check_pretrained,
+    pretraining.check_views,
+    pretraining.check_transforms,
     training.check_learning_rate,
-    training.check_optimizer,
     training.check_precision,
     training.check_sync_bn,
+    training.check_probe,
     data.check_data,
+    trial.check_batch,
 )
-WIDTH = 100
 
 
-def lint(
+def diagnose(
     config: Path,
     machine: Machine,
     options: dict[str, Any] | None = None,
     checkpoint: Path | None = None,
 ) -> list[Finding]:
-    """Check a config.
+    """Check a config for a machine; return what is wrong, errors first.
 
     Args:
         config: The config file. It is executed, as all configs are; a checkpoint never is.
         machine: What it is going to run on.
         options: Values by key with dots that override the file's.
-        checkpoint: The weights that the run is going to start from or to be tested with: whole
-            ones, or those of the backbone where it has an ``init_cfg``.
-
-    Returns:
-        What was found, errors first.
+        checkpoint: The weights that the run is going to start from or to be tested with.
     """
-    if not config.is_file():
-        missing = f'{config.absolute()} does not exist'
-        return [Finding('error', 'CONFIG', missing, 'give the path of a config')]
     try:
         case = Case.read(config, machine, options or {}, checkpoint)
     except Exception as error:  # a config is a program
-        text = f'it cannot be read: {type(error).__name__}: {explain(error)}'
-        return [Finding('error', 'CONFIG', text, 'mend the file, or --cfg-options')]
+        return [
+            Finding(
+                'error', 'CONFIG', f'it cannot be read: {type(error).__name__}: {explain(error)}'
+            )
+        ]
     findings: list[Finding] = []
     for check in CHECKS:
-        found = list(check(case))
-        findings += [new for new in found if not any(_is_cause(old, new) for old in findings)]
+        new = list(check(case))
+        findings += [one for one in new if not any(_is_cause(known, one) for known in findings)]
     return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
 
 
 def _is_cause(known: Finding, finding: Finding) -> bool:
     """Whether an error was said already, and more precisely, by an earlier check."""
-    levels = {known.level, finding.level}
-    return levels == {'error'} and f'{known.key}.'.startswith(f'{finding.key}.')
+    are_errors = known.level == finding.level == 'error'
+    return are_errors and f'{known.key}.'.startswith(f'{finding.key}.')
 
 
 def main(config: Path, checkpoint: Path | None, gpus: int | None, options: Sequence[str]) -> int:
@@ -78,28 +68,9 @@ def main(config: Path, checkpoint: Path | None, gpus: int | None, options: Seque
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
     overrides = parser.parse_args(['--cfg-options', *options] if options else []).cfg_options
     machine = Machine.detect(gpus)
-    findings = lint(config, machine, overrides, checkpoint)
-    print(f'{config} on {machine}')
-    for finding in findings:
-        print(format_finding(finding))
+    findings = diagnose(config, machine, overrides, checkpoint)
+    print(f'{config} on {machine}', *findings, sep='\n')
     counts = [sum(finding.level == level for finding in findings) for level in LEVELS]
     words = [level if n == 1 else f'{level}s' for n, level in zip(counts, LEVELS, strict=True)]
     print(', '.join(f'{n} {word}' for n, word in zip(counts, words, strict=True)))
     return int(counts[0] > 0)
-
-
-def format_finding(finding: Finding) -> str:
-    """A few lines: level, key and value; what is wrong; the way out."""
-    indent = ' ' * 9
-    value = f' = {finding.value}' if finding.value else ''
-    lines = [f'{finding.level:8} {finding.key}{value}']
-    for text in (finding.text, f'-> {finding.remedy}'):
-        lines += textwrap.wrap(
-            text,
-            WIDTH,
-            initial_indent=indent,
-            subsequent_indent=indent,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-    return '\n'.join(lines)

@@ -1,154 +1,79 @@
-"""Learning rate, optimizer, number formats and batch statistics, against the machine."""
+"""Learning rate, number format and batch statistics against the machine; what a probe trains."""
 
-import math
-import re
 from collections.abc import Iterator
-from copy import deepcopy
-from typing import Any
 
-from mmengine.optim import build_optim_wrapper
+import torch
 from torch import nn
 
-from cae_mm.doctor.case import Case, Finding, get
-from cae_mm.doctor.failures import failure
+from cae_mm.doctor.case import Case, get
+from cae_mm.doctor.finding import Finding
+from cae_mm.models import LinearProbeHead
+from cae_mm.precision import choose_precision
 
-MAX_FACTOR = 1.5  # by which learning rate per image may differ from the recipe's
+MAX_FACTOR = 1.5  # by which the learning rate per image may differ from the recipe's
 
 
 def check_learning_rate(case: Case) -> Iterator[Finding]:
-    """Learning rate over effective batch, against the recipe's (linear rule)."""
-    lr, recipe_lr = case.get('optim_wrapper.optimizer.lr'), _written(case, 'optimizer.lr')
+    """Learning rate over batch, as the Runner fits them to the machine, against the recipe's."""
+    key = 'optim_wrapper.optimizer.lr'
+    lr, recipe_lr = case.get(key), get(case.recipe, key)
     batch_size = case.get('train_dataloader.batch_size')
     if not lr or not recipe_lr or not batch_size:
         return
+    recipe = get(case.recipe, 'auto_scale_lr.base_batch_size')
+    if recipe is None:
+        text = f'nothing says which batch lr={lr:g} is for'
+        remedy = 'set auto_scale_lr=dict(enable=True, base_batch_size=...)'
+        yield case.finding('note', 'auto_scale_lr', text, remedy)
+        return
     accumulation = case.get('optim_wrapper.accumulative_counts', 1)
     seen = case.machine.processes * batch_size
-    batch = seen * accumulation
-    recipe = recipe_batch(case, batch)
-    if recipe is None:
-        yield case.found(
-            'note',
-            'auto_scale_lr',
-            f'nothing says which batch lr={lr:g} is for',
-            'set auto_scale_lr=dict(base_batch_size=...)',
+    if case.get('auto_scale_lr.enable'):  # left to mmengine, which does not count accumulation
+        lr *= seen / case.get('auto_scale_lr.base_batch_size')
+    expected = recipe_lr * seen * accumulation / recipe
+    if not 1 / MAX_FACTOR <= lr / expected <= MAX_FACTOR:
+        factors = f'{case.machine.processes} x {batch_size} x {accumulation}'
+        text = (
+            f'it is {lr:.4g} for a batch of {seen * accumulation} = {factors} (processes x '
+            f'images x gathered); {recipe_lr:g} for {recipe}, the recipe, makes {expected:.4g}'
         )
-        return
-    want = recipe_lr * batch / recipe
-    automatic = case.get('auto_scale_lr.enable', False)
-    base = case.get('auto_scale_lr.base_batch_size')
-    have = lr * seen / base if automatic else lr
-    counted = f'{case.machine.processes} x {batch_size} x {accumulation} = {batch}'
-    if not 1 / MAX_FACTOR <= have / want <= MAX_FACTOR:
-        scaled = f' (auto_scale_lr makes it {have:.4g})' if automatic else ''
-        yield case.found(
-            'warning',
-            'optim_wrapper.optimizer.lr',
-            f'the recipe has lr={recipe_lr:g} for a batch of {recipe}, this run has lr={lr:g}'
-            f'{scaled} for {counted} (processes x batch_size x accumulative_counts)',
-            f'set optim_wrapper.optimizer.lr={want * lr / have:.4g}, or make the batch {recipe} by '
-            + (
-                f'optim_wrapper.accumulative_counts={round(recipe / seen)}'
-                if recipe > seen
-                else 'a smaller train_dataloader.batch_size'
-            ),
-        )
-    elif automatic and accumulation > 1:
-        yield case.found(
-            'note',
-            'auto_scale_lr.enable',
-            "mmengine's auto_scale_lr does not count accumulation: base_batch_size is compared "
-            f'with {case.machine.processes} x {batch_size}',
-            'keep base_batch_size without accumulation',
-        )
-
-
-def recipe_batch(case: Case, batch: int) -> int | None:
-    """The effective batch that the file's learning rate is for, if anything says so.
-
-    ``auto_scale_lr.base_batch_size`` does, with or without accumulation, which mmengine does not
-    count: without it where it equals the N x M of a file's name with ``NxbM``. Where the name does
-    not tell, what is nearer to ``batch``, the run's, is taken.
-    """
-    base = get(case.written, 'auto_scale_lr.base_batch_size')
-    accumulation = _written(case, 'accumulative_counts', 1)
-    named = named_batch(case.path.stem)
-    if base is None:
-        return named and named[0] * named[1] * accumulation
-    if named is not None:
-        return base * accumulation if base == named[0] * named[1] else base
-    return min(base, base * accumulation, key=lambda size: abs(math.log(size / batch)))
-
-
-def named_batch(name: str) -> tuple[int, int] | None:
-    """GPUs and images per GPU in a config's name, as in ``32xb64``."""
-    match = re.search(r'(?:^|[_-])(\d+)xb(\d+)', name)
-    return (int(match[1]), int(match[2])) if match else None
-
-
-def _written(case: Case, key: str, default: Any = None) -> Any:
-    return get(case.written, f'optim_wrapper.{key}', default)
-
-
-def check_optimizer(case: Case) -> Iterator[Finding]:
-    """Whether the optimizer can be built for the model."""
-    wrapper = deepcopy(case.get('optim_wrapper'))
-    if case.model is None or not wrapper or _is_amp(wrapper):
-        return
-    get(wrapper, 'optimizer', {}).pop('fused', None)  # needs parameters with memory
-    built = case.attempt(lambda: build_optim_wrapper(case.model, wrapper))
-    if isinstance(built, Exception):
-        yield failure(case, 'optim_wrapper', built)
+        remedy = f'{key}={recipe_lr:g} is fitted to any batch by auto_scale_lr.enable=True'
+        yield case.finding('warning', key, text, f"{remedy} and runner_type='cae_mm.CAERunner'")
 
 
 def check_precision(case: Case) -> Iterator[Finding]:
-    """Mixed precision that the machine does not have."""
-    wrapper = case.get('optim_wrapper') or {}
-    wants_bf16 = _type(wrapper) == 'BF16OptimWrapper' or wrapper.get('dtype') == 'bfloat16'
-    if _is_amp(wrapper) and not case.machine.cuda:
-        yield case.found(
-            'error',
-            'optim_wrapper.type',
-            "mmengine's AmpOptimWrapper needs a GPU",
-            "set optim_wrapper.type='cae_mm.BF16OptimWrapper' and leave out dtype and loss_scale",
-        )
-    elif wants_bf16 and case.machine.cuda and not case.machine.bf16:
-        yield case.found(
-            'warning',
-            'optim_wrapper.type',
-            'this GPU has no bfloat16: torch emulates it slowly, or refuses',
-            "set optim_wrapper.type='AmpOptimWrapper' and optim_wrapper.dtype='float16'",
-        )
+    """A format that the machine would emulate; GPUs that cannot be seen may have it."""
+    key, device = 'optim_wrapper.dtype', case.machine.device
+    if case.get(key) != 'bfloat16' or (device == 'cuda' and not torch.cuda.is_available()):
+        return
+    precision = choose_precision(device)
+    if precision.dtype != torch.bfloat16:
+        text = f'torch emulates it slowly: {precision.reason}'
+        yield case.finding('warning', key, text, f"set {key}='auto'")
 
 
 def check_sync_bn(case: Case) -> Iterator[Finding]:
     """Batch statistics over processes where there is one process, or no GPU."""
-    if case.model is None:
+    modules = case.model.named_modules() if case.model is not None else ()
+    name = next((name for name, module in modules if isinstance(module, nn.SyncBatchNorm)), None)
+    if name and case.machine.processes == 1:
+        batch_size = case.get('train_dataloader.batch_size')
+        text = f'SyncBN ({name}, ...) is plain BN on one process: statistics of {batch_size} images'
+        remedy = "with two or three images take a norm without batch, as dict(type='LN2d')"
+        yield Finding('note', 'model', text, remedy)
+    elif name and case.machine.device == 'cpu':
+        text = f'SyncBN ({name}, ...) works on GPUs only, not on {case.machine}'
+        yield Finding('error', 'model', text, "set norm_cfg=dict(type='BN')")
+
+
+def check_probe(case: Case) -> Iterator[Finding]:
+    """A probe judges an encoder that stays as it is."""
+    if case.encoder is None or not isinstance(getattr(case.model, 'head', None), LinearProbeHead):
         return
-    layers = [name for name, m in case.model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
-    if not layers:
-        return
-    batch_size = case.get('train_dataloader.batch_size')
-    where = f'{layers[0]} and {len(layers) - 1} more' if len(layers) > 1 else layers[0]
-    if case.machine.processes == 1:
-        yield Finding(
-            'note',
-            'model',
-            f'SyncBN ({where}) becomes plain BN on one process: statistics of {batch_size} images',
-            'nothing to do if these are enough; with two or three take a norm without batch, as '
-            "dict(type='LN2d')",
-        )
-    elif not case.machine.cuda:
-        yield Finding(
-            'error',
-            'model',
-            f'SyncBN ({where}) works on GPUs only, not on {case.machine}',
-            "set norm_cfg=dict(type='BN')",
-        )
-
-
-def _type(node: dict[str, Any]) -> str:
-    return str(node.get('type', '')).rpartition('.')[2]
-
-
-def _is_amp(wrapper: dict[str, Any]) -> bool:
-    return _type(wrapper) == 'AmpOptimWrapper'
+    depth = case.encoder.depth
+    if case.encoder.frozen_stages != depth:
+        key, text = 'model.backbone.frozen_stages', 'a probe trains the head alone'
+        yield case.finding('error', key, text, f'set frozen_stages={depth}, all blocks')
+    if case.get('model.backbone.drop_path_rate', 0) > 0:
+        key, text = 'model.backbone.drop_path_rate', 'frozen blocks, as those of a probe, ignore it'
+        yield case.finding('warning', key, text, 'leave drop_path_rate out')

@@ -52,6 +52,11 @@ class CAEDataPreprocessor(BaseDataPreprocessor):
         """
         views = data['inputs']
         views = [views] if isinstance(views, Tensor) else views
+        if not all(isinstance(view, Tensor) for view in views):
+            raise ValueError(
+                'the images of a batch are not stacked: set '
+                "train_dataloader.collate_fn=dict(type='default_collate')"
+            )
         views = [self._normalize(view, i) for i, view in enumerate(self.cast_data(views))]
         return {'inputs': views, 'data_samples': data.get('data_samples')}
 

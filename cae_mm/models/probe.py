@@ -38,6 +38,11 @@ class LinearProbeHead(LinearClsHead):
     def pre_logits(self, feats: tuple[Tensor, ...]) -> Tensor:
         """Normalise the last of ``feats``, shape (B, D), in float32 at least."""
         feature = feats[-1]
+        if feature.ndim != 2:
+            raise ValueError(
+                f'LinearProbeHead takes (B, D), not {tuple(feature.shape)}: set '
+                "the backbone to out_type='cls_token' or 'avg_featmap'"
+            )
         return self.norm(feature.to(torch.promote_types(feature.dtype, torch.float32)))
 
 
@@ -73,7 +78,13 @@ class AttentiveProbeHead(LinearProbeHead):
 
     def pre_logits(self, feats: tuple[Tensor, ...]) -> Tensor:
         """Pool the last of ``feats``, tokens (B, 1 + N, D) with the class token first."""
-        patches = feats[-1][:, 1:]  # [B, N, D]
+        tokens = feats[-1]
+        if tokens.ndim != 3:
+            raise ValueError(
+                f'AttentiveProbeHead takes (B, 1 + N, D), not {tuple(tokens.shape)}: set '
+                "the backbone to out_type='raw'"
+            )
+        patches = tokens[:, 1:]  # [B, N, D]
         query = self.norm_q(self.query_token).expand(len(patches), -1, -1)  # [B, 1, D]
         pooled = self.attn(query, self.norm_k(patches), self.norm_v(patches))  # [B, 1, D]
         return super().pre_logits((pooled[:, 0],))

@@ -1,14 +1,18 @@
+import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from cae_mm import dependencies
 from cae_mm.doctor import __main__ as doctor
 from cae_mm.doctor import installation
+from cae_mm.precision import choose_precision
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,20 +69,27 @@ def test_broken_module_of_ours(monkeypatch):
 
 
 def test_devices(monkeypatch):
-    devices = [
-        SimpleNamespace(name='H100', major=9, total_memory=80 * 2**30),
-        SimpleNamespace(name='V100', major=7, total_memory=16 * 2**30),
-    ]
-    cuda = SimpleNamespace(
-        device_count=lambda: len(devices), get_device_properties=devices.__getitem__
-    )
-    monkeypatch.setattr(installation, 'import_module', lambda name: SimpleNamespace(cuda=cuda))
-    assert installation.check_devices().rows == [
-        ('0', 'H100', '80 GiB', 'bf16'),
-        ('1', 'V100', '16 GiB', 'no bf16'),
-    ]
-    devices.clear()
-    assert installation.check_devices().rows == [('none: CPU',)]
+    current = []
+    gpus = [('H100', (9, 0), 80), ('V100', (7, 0), 16)]
+
+    @contextmanager
+    def device(index):
+        current.append(gpus[index])
+        yield
+
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, 'device_count', lambda: len(gpus))
+    monkeypatch.setattr(cuda, 'device', device)
+    monkeypatch.setattr(cuda, 'get_device_name', lambda: current[-1][0])
+    monkeypatch.setattr(cuda, 'get_device_capability', lambda: current[-1][1])
+    properties = [SimpleNamespace(total_memory=memory * 2**30) for *_, memory in gpus]
+    monkeypatch.setattr(cuda, 'get_device_properties', properties.__getitem__)
+    cpu, h100, v100 = installation.check_devices().rows
+    assert cpu == ('CPU', f'{os.cpu_count()} cores', str(choose_precision('cpu')))
+    assert h100[:2] == ('GPU 0', '80 GiB') and h100[2].startswith('bfloat16: H100')
+    assert v100[:2] == ('GPU 1', '16 GiB') and v100[2].startswith('float16: V100')
+    gpus.clear()
+    assert installation.check_devices().rows == [cpu]
 
 
 def test_weights(tmp_path):
@@ -88,27 +99,28 @@ def test_weights(tmp_path):
     assert installation.check_weights(tmp_path).rows == [('dalle_encoder.pth', '1.5 MiB')]
 
 
-def test_config_is_linted(capsys):
+def test_config_is_checked(capsys):
     config = ROOT / 'configs/pretrain/cae-rgb_vit-base-p16_32xb64-amp-coslr-300e_in1k.py'
     options = [
         '--cfg-options',
         'model.backbone.img_size=256',
-        f'train_dataloader.dataset.data_root={ROOT}',
+        f'settings.data_root={ROOT}',
     ]
     assert doctor.main([str(config), '--gpus', '32', *options]) == 1
     report = capsys.readouterr().out
     assert report.startswith(f'{config} on 32 GPUs\nerror    ')
-    assert 'view 1 has 224x224 pixels, but model.backbone.img_size says 256x256' in report
+    assert 'the images are 224x224 pixels, but backbone.img_size is 256x256' in report
     assert f'{ROOT}/train does not exist' in report
     assert ', 0 warnings, 0 notes' in report
 
 
-def test_checkpoint_is_linted(capsys, tmp_path):
+def test_checkpoint_is_checked(capsys, tmp_path):
     config = ROOT / 'configs/linear/vit-base-p16_cae-pre_32xb512-linear-coslr-90e_in1k.py'
     path = tmp_path / 'notes.pth'
     path.write_text('no checkpoint')
     assert doctor.main([str(config), str(path), '--gpus', '1']) == 1
-    assert f'error    CHECKPOINT = {path}\n' in capsys.readouterr().out
+    report = capsys.readouterr().out
+    assert 'error    CHECKPOINT = ' in report and f'{path} was refused' in report
 
 
 def test_config_needs_the_environment(capsys, without):
