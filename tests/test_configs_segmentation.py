@@ -247,8 +247,9 @@ def test_test_tool_judges_and_paints(data, tmp_path, monkeypatch):
             assert image.size == (2 * WIDTH, HEIGHT)
 
 
-# mmengine's, of a visualizer without a folder
+# mmengine's, of a visualizer without a folder, and of its own reading under torch 2.4
 @pytest.mark.filterwarnings('ignore:Failed to add:UserWarning:mmengine')
+@pytest.mark.filterwarnings('ignore:You are using `torch.load`:FutureWarning:mmengine')
 def test_inferencers_of_mmseg_take_configs_and_checkpoints(data, tmp_path):
     from mmseg.apis import MMSegInferencer, inference_model, init_model
 

@@ -50,7 +50,7 @@ def paint_into(folder: str, cfg: Config) -> None:
     folder = str(Path(folder).absolute())
     hooks = {
         'mmpretrain': dict(type='VisualizationHook', enable=True, interval=1, out_dir=folder),
-        'mmseg': dict(type='SegVisualizationHook', draw=True),
+        'mmseg': dict(type='SegVisualizationHook', draw=True, interval=1),
         'mmdet': dict(type='DetVisualizationHook', draw=True, test_out_dir=folder),
     }
     scope = cfg.get('default_scope')
