@@ -1,4 +1,4 @@
-"""Tells what is wrong and how to mend it, with the installation or with a config.
+"""Tells what is wrong and how to fix it, with the installation or with a config.
 
 python -m cae_mm.doctor
 python -m cae_mm.doctor CONFIG [CHECKPOINT] [--gpus N] [--cfg-options KEY=VALUE ...]

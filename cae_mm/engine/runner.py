@@ -81,10 +81,15 @@ def fit_batch(cfg: Config, processes: int, cpu_batch_size: int | None = None) ->
 
     Returns:
         Lines for the log.
+
+    Raises:
+        ValueError: If it is enabled without saying what the recipe's batch is.
     """
     scale: Any = cfg.get('auto_scale_lr') or {}
     if not (scale.get('enable') and cfg.get('train_dataloader') and cfg.get('optim_wrapper')):
         return []
+    if 'base_batch_size' not in scale:
+        raise ValueError("auto_scale_lr.enable needs the recipe's batch: set base_batch_size in it")
     loader, wrapper, recipe = cfg.train_dataloader, cfg.optim_wrapper, scale['base_batch_size']
     remarks = []
     if cpu_batch_size and loader.batch_size > cpu_batch_size:

@@ -34,5 +34,5 @@ param_scheduler = [
 ]
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=100)
 auto_scale_lr = dict(enable=True, base_batch_size=8 * 64)
-settings = dict(cpu_batch_size=16)
+settings = dict(cpu_batch_size=8)
 custom_hooks = [*_base_.custom_hooks, dict(type='cae_mm.GumbelTemperatureHook')]

@@ -104,6 +104,8 @@ def test_nothing_changes_where_nothing_is_asked_for():
         cfg = toy(auto_scale_lr=scale)
         before = cfg.to_dict()
         assert fit_batch(cfg, 8, cpu_batch_size=1) == [] and cfg.to_dict() == before
+    with pytest.raises(ValueError, match="needs the recipe's batch: set base_batch_size"):
+        fit_batch(toy(auto_scale_lr=dict(enable=True)), 8)
 
 
 @pytest.mark.parametrize(
