@@ -4,6 +4,7 @@ import os
 from copy import deepcopy
 from typing import Any
 
+import joblib
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
@@ -42,7 +43,9 @@ class CAERunner(Runner):
         on_cpus = self.distributed and not torch.cuda.is_available()
         if on_cpus and not torch.distributed.is_initialized():
             torch.distributed.init_process_group('gloo')
-            torch.set_num_threads(max(_count_cores() // _count_local_processes(self._launcher), 1))
+            torch.set_num_threads(
+                max(joblib.cpu_count() // _count_local_processes(self._launcher), 1)
+            )
         super().setup_env(env_cfg)
 
 
@@ -141,7 +144,7 @@ def _stretch_scheduler(scheduler: dict[str, Any], factor: int, max_iters: int | 
 
 def _fit_loaders(cfg: Config, launcher: str) -> list[str]:
     """Take no more workers than there are cores for this process, and pin memory for GPUs only."""
-    cores = max(_count_cores() // _count_local_processes(launcher), 1)
+    cores = max(joblib.cpu_count() // _count_local_processes(launcher), 1)
     wishes = set()
     for loader in (cfg[name] for name in LOADERS if cfg.get(name)):
         if loader.get('num_workers', 0) > cores:
@@ -154,13 +157,6 @@ def _fit_loaders(cfg: Config, launcher: str) -> list[str]:
     if not wishes:
         return []
     return [f'workers: {cores}, one for each core (the config: {", ".join(map(str, wishes))})']
-
-
-def _count_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _count_local_processes(launcher: str) -> int:

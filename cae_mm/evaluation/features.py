@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import torch
 import torchvision.transforms.functional as TF
@@ -105,7 +106,7 @@ def extract_features(
     loader = DataLoader(
         Subset(images, rows),
         batch_size=batch_size,
-        num_workers=min(_count_cores(), 4) if num_workers is None else num_workers,
+        num_workers=min(joblib.cpu_count(), 4) if num_workers is None else num_workers,
         pin_memory=encoder.device.type == 'cuda',
         generator=torch.Generator(),  # else the loader takes a number from the global one
     )
@@ -193,9 +194,3 @@ def subset_rows(images: ImageFolder, max_images: int | None) -> list[int]:
     """Rows of at most ``max_images`` images, drawn at random, always the same ones."""
     rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     return sorted(rows[:max_images].tolist())
-
-
-def _count_cores() -> int:
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

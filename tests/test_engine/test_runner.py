@@ -1,6 +1,5 @@
 """A config fits itself to its machine, and stays the recipe that it was."""
 
-import os
 from copy import deepcopy
 from pathlib import Path
 
@@ -178,7 +177,7 @@ def test_schedules_of_epochs_are_left_alone():
 )
 def test_batch_and_workers_of_the_machine(cuda, settings, batch, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
-    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(4), raising=False)
+    monkeypatch.setattr('joblib.cpu_count', lambda: 4)
     cfg = toy(settings=settings)
     loader = dict(cfg.train_dataloader, num_workers=8, persistent_workers=True, pin_memory=True)
     cfg.train_dataloader = loader
@@ -199,7 +198,7 @@ def test_processes_of_the_launchers(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '6')
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
     monkeypatch.setenv('SLURM_NTASKS', '5')
-    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(4), raising=False)
+    monkeypatch.setattr('joblib.cpu_count', lambda: 4)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     counts = [count_processes(launcher) for launcher in ('none', 'pytorch', 'slurm', 'mpi')]
     assert counts == [1, 6, 5, 1]
