@@ -6,6 +6,7 @@ validation features have no say.
 
 import warnings
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
@@ -45,10 +45,10 @@ def hold_out(train: Split, seed: int) -> tuple[Split, Split]:
     """Split off a stratified fifth of the training features, at least one image a class."""
     features, labels = train
     size = max(round(HELD_OUT * len(labels)), len(np.unique(labels)))
-    rows, held_out = train_test_split(
-        np.arange(len(labels)), test_size=size, stratify=labels, random_state=seed
+    x, x_out, y, y_out = train_test_split(
+        features, labels, test_size=size, stratify=labels, random_state=seed
     )
-    return (features[rows], labels[rows]), (features[held_out], labels[held_out])
+    return (x, y), (x_out, y_out)
 
 
 def logistic_regression(
@@ -57,9 +57,8 @@ def logistic_regression(
     """Fit scikit-learn's logistic regression on standardised features.
 
     Args:
-        train: Features and labels; every C is tried on a held-out part of them, the best one is
-            then fitted to all.
-        val: Features and labels to report on.
+        train: Every C is tried on a held-out part of it, the best one is then fitted to all.
+        val: What to report on.
         seed: Of the held-out part.
         cs: Values of C to try; of equally good ones the first is taken.
 
@@ -68,7 +67,7 @@ def logistic_regression(
         the values of C whose fit stopped at ``MAX_ITER`` iterations.
     """
     part, held_out = hold_out(train, seed)
-    not_converged: list[float] = []
+    not_converged = set()
 
     def score(C: float, fit_to: Split, judge_on: Split) -> float:
         model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=MAX_ITER))
@@ -76,7 +75,7 @@ def logistic_regression(
             warnings.simplefilter('always', ConvergenceWarning)
             model.fit(*fit_to)
         if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
-            not_converged.append(C)
+            not_converged.add(C)
         return float(model.score(*judge_on))
 
     bar = tqdm(cs, desc='logistic regression', unit=' C', leave=False)
@@ -86,7 +85,7 @@ def logistic_regression(
         'C': best,
         'accuracy': score(best, train, val),
         'held_out': accuracies,
-        'not_converged': sorted(set(not_converged)),
+        'not_converged': sorted(not_converged),
     }
 
 
@@ -105,7 +104,7 @@ def linear_sweep(
 
     Args:
         train: Features and labels.
-        val: Features and labels to report on.
+        val: What to report on.
         seed: Of the held-out part, the initial weights and the order of images.
         device: Where to train.
         epochs: Passes over the training features.
@@ -121,10 +120,11 @@ def linear_sweep(
         x, y, x_judge, y_judge = (
             torch.as_tensor(array, device=device) for array in (*fit_to, *judge_on)
         )
-        mean, std = x.mean(0), (x.var(0, unbiased=False) + EPS).sqrt()
-        model = train_sweep((x - mean) / std, y, num_classes, lrs, seed=seed, epochs=epochs)
-        right = model((x_judge - mean) / std).argmax(-1) == y_judge[:, None]  # [M, L]
-        return dict(zip(lrs, right.double().mean(0).tolist(), strict=True))
+        var, mean = torch.var_mean(x, dim=0, unbiased=False)
+        x, x_judge = (F.batch_norm(features, mean, var, eps=EPS) for features in (x, x_judge))
+        models = train_sweep(x, y, num_classes, lrs, seed=seed, epochs=epochs)
+        right = [model(x_judge).argmax(1) == y_judge for model in models]
+        return {lr: r.double().mean().item() for lr, r in zip(lrs, right, strict=True)}
 
     held_out_accuracies = sweep(*hold_out(train, seed))
     val_accuracies = sweep(train, val)
@@ -146,7 +146,7 @@ def train_sweep(
     *,
     seed: int,
     epochs: int,
-) -> nn.Sequential:
+) -> nn.ModuleList:
     """Train one linear classifier per learning rate, all on the same batches.
 
     SGD with momentum 0.9, no weight decay, cosine to 0 over all steps, weights from a normal
@@ -156,33 +156,29 @@ def train_sweep(
     Args:
         x: Standardised features with shape (N, D).
         y: Class indices with shape (N,).
-        num_classes: Number of classes C.
-        lrs: L learning rates.
-        seed: Of initial weights and order.
+        num_classes: Number of classes.
+        lrs: Learning rates.
+        seed: Of initial weights (the same for all) and order.
         epochs: Passes over the features.
 
     Returns:
-        All of them side by side: features with shape (B, D) to logits with shape (B, L, C).
+        The classifiers in the order of ``lrs``.
     """
     generator = torch.Generator().manual_seed(seed)
-    weight = 0.01 * torch.randn(num_classes, x.shape[1], generator=generator)
-    linear = skip_init(nn.Linear, x.shape[1], len(lrs) * num_classes, device=x.device)
-    linear.load_state_dict(
-        {'weight': weight.repeat(len(lrs), 1), 'bias': torch.zeros(linear.out_features)}
-    )
-    model = nn.Sequential(linear, nn.Unflatten(1, (len(lrs), num_classes)))
-    rates = torch.tensor(lrs, device=x.device)
-    # a loss weighted by r moves its own weights, under SGD with lr 1, as lr r moves them unweighted
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    first = nn.Linear(x.shape[1], num_classes)
+    nn.init.normal_(first.weight, std=0.01, generator=generator)
+    nn.init.zeros_(first.bias)
+    models = nn.ModuleList(deepcopy(first) for _ in lrs).to(x.device)
+    groups = [dict(params=[*m.parameters()], lr=lr) for m, lr in zip(models, lrs, strict=True)]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
     scheduler = CosineAnnealingLR(optimizer, T_max=epochs * -(-len(x) // BATCH_SIZE))
     for _ in tqdm(range(epochs), desc='linear probe', unit=' epochs', leave=False):
         order = torch.randperm(len(x), generator=generator).to(x.device)
         for rows in order.split(BATCH_SIZE):
-            logits = model(x[rows]).transpose(1, 2)  # [B, C, L]
-            targets = y[rows, None].expand(-1, len(lrs))  # [B, L]
-            losses = F.cross_entropy(logits, targets, reduction='none').mean(0)  # [L]
+            inputs, targets = x[rows], y[rows]
             optimizer.zero_grad()
-            (losses * rates).sum().backward()
+            for model in models:
+                F.cross_entropy(model(inputs), targets).backward()
             optimizer.step()
             scheduler.step()
-    return model.requires_grad_(False)
+    return models.requires_grad_(False)
