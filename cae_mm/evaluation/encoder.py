@@ -63,20 +63,18 @@ class Encoder:
             else:
                 tokens = self.backbone(x, **self._whole_images)[-1]
                 extra = getattr(self.backbone, 'num_extra_tokens', 0)
-        return torch.stack([self._pool(tokens, extra, name) for name in self.features], dim=1)
-
-    def _pool(self, x: Tensor, extra: int, feature: str) -> Tensor:
         name = type(self.backbone).__name__
-        if x.ndim not in (3, 4) or not x.is_floating_point():
+        if tokens.ndim not in (3, 4) or not tokens.is_floating_point():
             raise ValueError(
-                f'{name} returns neither tokens nor a map, but {x.dtype} of shape '
-                f'{tuple(x.shape)}: use the config of a classifier'
+                f'{name} returns neither tokens nor a map, but {tokens.dtype} of shape '
+                f'{tuple(tokens.shape)}: use the config of a classifier'
             )
-        if feature == 'cls' and (x.ndim == 4 or not extra):
+        if tokens.ndim == 4:  # a map
+            tokens, extra = tokens.flatten(2).mT, 0  # [B, HW, D]
+        if 'cls' in self.features and not extra:
             raise ValueError(f"{name} has no class token: use the feature 'mean'")
-        if feature == 'cls':
-            return x[:, 0].float()  # [B, D]
-        return (x.flatten(2).mT if x.ndim == 4 else x[:, extra:]).float().mean(1)  # [B, D]
+        pooled = {'cls': tokens[:, 0].float(), 'mean': tokens[:, extra:].float().mean(1)}
+        return torch.stack([pooled[feature] for feature in self.features], dim=1)
 
 
 def load_encoder(
@@ -94,7 +92,7 @@ def load_encoder(
     Args:
         cfg: Config whose model is ``cae_mm.CAE``, or any whose model has a CAEViT or a backbone of
             mmpretrain as ``backbone``: a classifier, or a pretraining like MAE.
-        checkpoint: File to load, or 'random' for a new initialisation.
+        checkpoint: See ``load_backbone``, like ``prefix`` and ``seed``.
         features: See ``Encoder``.
         precision: See ``Encoder``.
         device: Where to put it.
@@ -154,17 +152,16 @@ def read_normalizer(cfg: Config) -> CAEDataPreprocessor:
         ValueError: If the config says nothing of it.
     """
     said = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
-    ours = said.get('type') == 'cae_mm.CAEDataPreprocessor'
-    if ours or (not said and cfg.model.type == 'cae_mm.CAE'):
-        names = ('mean', 'std', 'to_rgb')
-        return CAEDataPreprocessor(**{name: said[name] for name in names if name in said})
-    if 'mean' not in said or 'std' not in said:
-        raise ValueError(
-            f'{_name(cfg)} has no data_preprocessor with mean and std: without them features '
-            'would be of images that the encoder was not trained on'
-        )
-    to_rgb = said.get('to_rgb', said.get('bgr_to_rgb', False))  # mmseg and mmdet: bgr_to_rgb
-    return CAEDataPreprocessor(mean=said['mean'], std=said['std'], to_rgb=to_rgb)
+    options = {name: said[name] for name in ('mean', 'std', 'to_rgb') if name in said}
+    kind = said.get('type') if said else cfg.model.type
+    if kind not in ('cae_mm.CAEDataPreprocessor', 'cae_mm.CAE'):
+        if not {'mean', 'std'} <= options.keys():
+            raise ValueError(
+                f'{_name(cfg)} has no data_preprocessor with mean and std: without them features '
+                'would be of images that the encoder was not trained on'
+            )
+        options.setdefault('to_rgb', said.get('bgr_to_rgb', False))  # as mmseg and mmdet call it
+    return CAEDataPreprocessor(**options)
 
 
 def _backbone_options(cfg: Config) -> dict[str, Any]:
