@@ -119,41 +119,37 @@ def check_dependencies(imports: bool = True) -> None:
     Versions, read in milliseconds, tell more than a failing import, so imports are tried last.
     """
     essential = [dependency for dependency in DEPENDENCIES if not dependency.optional]
-    problems = [problem for each in essential if (problem := find_problem(each))]
-    if imports and not problems:
-        problems = [problem for each in essential if (problem := find_import_problem(each))]
-    if problems:
-        lines = (f'  {problem.text}\n    {problem.command}\n' for problem in problems)
-        raise ImportError(
-            f'cae_mm cannot be used:\n{"".join(lines)}'
-            'In a checkout of cae-mm, `make setup` installs versions that fit together; '
-            '`python -m cae_mm.doctor` tells more.'
-        ) from problems[0].cause
+    for find in (find_problem, find_import_problem) if imports else (find_problem,):
+        problems = [problem for each in essential if (problem := find(each))]
+        if problems:
+            lines = (f'  {problem.text}\n    {problem.command}\n' for problem in problems)
+            raise ImportError(
+                f'cae_mm cannot be used:\n{"".join(lines)}'
+                'In a checkout of cae-mm, `make setup` installs versions that fit together; '
+                '`python -m cae_mm.doctor` tells more.'
+            ) from problems[0].cause
 
 
 def find_problem(dependency: Dependency) -> Problem | None:
     """Looks at the versions installed; a missing optional dependency is no problem."""
-    installed = dependency.installed
+    installed, essential = dependency.installed, not dependency.optional
     if len(installed) > 1:
         names = [requirement.name for requirement in installed]
         text = f'{" and ".join(names)} are both installed and overwrite each other'
         command = f'{PIP} uninstall -y {" ".join(names)} && {PIP} install "{dependency.onedl}"'
-        return Problem('installed twice', text, command, not dependency.optional)
+        return Problem('installed twice', text, command, essential)
     for requirement, version in installed.items():
         if (state := requirement.judge(version)) != 'ok':
             text = f'{requirement.name} {version} is {state}, {requirement} is needed'
-            return Problem(state, text, f'{PIP} install "{requirement}"', not dependency.optional)
+            return Problem(state, text, f'{PIP} install "{requirement}"', essential)
     if installed or dependency.optional:
         return None
-    command = f'{PIP} install "{_choose(dependency)}"'
-    return Problem('missing', f'{dependency.package} is missing', command)
-
-
-def _choose(dependency: Dependency) -> Requirement:
-    """Returns OneDL's package, or upstream's where only upstream's packages are installed."""
-    installed = [known for each in DEPENDENCIES if each.upstream for known in each.installed]
-    only_upstream = bool(installed) and not any('onedl' in known for known in installed)
-    return dependency.upstream if dependency.upstream and only_upstream else dependency.onedl
+    # OneDL's package, or upstream's where only upstream's packages are installed
+    others = [known for each in DEPENDENCIES if each.upstream for known in each.installed]
+    upstream = others and not any('onedl' in known for known in others)
+    package = dependency.upstream if dependency.upstream and upstream else dependency.onedl
+    text = f'{dependency.package} is missing'
+    return Problem('missing', text, f'{PIP} install "{package}"')
 
 
 def find_import_problem(dependency: Dependency) -> Problem | None:

@@ -61,18 +61,14 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 continue
             decays = param.ndim > 1 and not name.endswith(NO_DECAY)
             weight_decay = self.optimizer_cfg.get('weight_decay', 0.0) if decays else 0.0
-            key = (self._lr_scale(model, name), weight_decay)
-            groups.setdefault(key, []).append(param)
-        ordered = sorted(groups.items(), key=lambda group: group[0], reverse=True)
-        for (scale, weight_decay), params in ordered:
-            print_log(
-                f'{len(params)} tensors with lr x {scale:.3g}, weight decay {weight_decay}',
-                logger='current',
-            )
-        return [
-            dict(params=params, lr=self.optimizer_cfg['lr'] * scale, weight_decay=weight_decay)
-            for (scale, weight_decay), params in ordered
-        ]
+            groups.setdefault((self._lr_scale(model, name), weight_decay), []).append(param)
+        ordered = []
+        for scale, weight_decay in sorted(groups, reverse=True):
+            params, lr = groups[scale, weight_decay], self.optimizer_cfg['lr'] * scale
+            remark = f'{len(params)} tensors with lr x {scale:.3g}, weight decay {weight_decay}'
+            print_log(remark, 'current')
+            ordered.append(dict(params=params, lr=lr, weight_decay=weight_decay))
+        return ordered
 
     def _lr_scale(self, model: nn.Module, name: str) -> float:
         if self.layer_decay_rate == 1.0:
@@ -112,36 +108,25 @@ class LARS(torch.optim.Optimizer):
         momentum: float = 0.9,
         trust_coefficient: float = 0.001,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            trust_coefficient=trust_coefficient,
-        )
-        super().__init__(params, defaults)
+        defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum)
+        super().__init__(params, defaults | dict(trust_coefficient=trust_coefficient))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Update all parameters that have a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for param in group['params']:
                 if param.grad is not None:
-                    self._update(param, group)
+                    self._update(param, param.grad, group)
         return loss
 
-    def _update(self, param: Tensor, group: dict[str, Any]) -> None:
-        step: Tensor = param.grad  # type: ignore[assignment]  # the caller has looked
+    def _update(self, param: Tensor, step: Tensor, group: dict[str, Any]) -> None:
         if param.ndim > 1:
             step = step + group['weight_decay'] * param
             norm, step_norm = param.norm(), step.norm()
             trust = group['trust_coefficient'] * norm / step_norm
             step = step * torch.where((norm > 0) & (step_norm > 0), trust, 1.0)
         state = self.state[param]
-        if 'momentum_buffer' not in state:
-            state['momentum_buffer'] = torch.zeros_like(param)
-        buffer = state['momentum_buffer'].mul_(group['momentum']).add_(step)
-        param.add_(buffer, alpha=-group['lr'])
+        state['momentum_buffer'] = group['momentum'] * state.get('momentum_buffer', 0.0) + step
+        param.add_(state['momentum_buffer'], alpha=-group['lr'])
