@@ -51,17 +51,21 @@ def paint_files(
     Raises:
         ValueError: If the config is none of CAE, lacks one of ``STEPS``, or does not fit.
     """
+    if cfg.model.type != 'cae_mm.CAE':
+        raise ValueError(f'the config describes {cfg.model.type}, but pictures need cae_mm.CAE')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    model = _load_model(cfg, checkpoint).to(device)
+    model = MODELS.build(cfg.model)
+    model.target_generator.init_weights()
+    load_pretrained(model, checkpoint)
     painter: Any = model.target_generator  # an own d-VAE paints its tokens, pixels need no painter
     if painter.view == 1 and not hasattr(painter, 'decode_tokens'):
         init_cfg = dict(type='Pretrained', checkpoint=decoder)
         painter = MODELS.build(dict(type='cae_mm.DALLEDecoder', init_cfg=init_cfg))
         painter.init_weights()
-        painter.to(device).eval()
     batch = _load_batch(cfg, images, seed)
     masks = torch.stack([sample.mask for sample in batch['data_samples']]).flatten(1)  # [B, N]
-    return paint_reconstruction(model, batch['inputs'], masks, painter)
+    model.to(device).eval()
+    return paint_reconstruction(model, batch['inputs'], masks, painter.to(device).eval())
 
 
 @torch.no_grad()
@@ -87,7 +91,7 @@ def paint_reconstruction(
     ids_m = split_mask(masks)[1].to(image.device)  # [B, M]
     hidden = masks.to(image).view(-1, 1, *grid)
     hidden = F.interpolate(hidden, image.shape[-2:]).bool()  # [B, 1, H, W]
-    pictures = {'image': image, 'masked': image.where(~hidden, torch.full_like(image, GRAY))}
+    pictures = {'image': image, 'masked': image.masked_fill(hidden, GRAY)}
     predicted = model.reconstruct(inputs[0], masks)  # [B, M, K]
     if isinstance(generator, RGBTarget):
         if generator.norm_patch:  # only the true patch tells its brightness and contrast
@@ -109,14 +113,13 @@ def paint_reconstruction(
 def save_pictures(pictures: dict[str, Tensor], path: str | Path) -> None:
     """Save what was painted as PNG: a row for each image, a column for each title."""
     rows, columns = len(next(iter(pictures.values()))), len(pictures)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(2 * columns, 2 * rows + 0.4), squeeze=False, layout='constrained'
-    )
-    for j, (title, images) in enumerate(pictures.items()):
-        axes[0, j].set_title(title)
-        for i, image in enumerate(images):
-            axes[i, j].imshow(image.permute(1, 2, 0).numpy(), interpolation='nearest')
-            axes[i, j].axis('off')
+    size = (2 * columns, 2 * rows + 0.4)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout='constrained')
+    for column, (title, images) in zip(axes.T, pictures.items(), strict=True):
+        column[0].set_title(title)
+        for cell, image in zip(column, images, strict=True):
+            cell.imshow(image.permute(1, 2, 0).numpy(), interpolation='nearest')
+            cell.axis('off')
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -127,22 +130,12 @@ def _denormalize(model: CAE, image: Tensor, view: int) -> Tensor:
     return (image.float() * preprocessor.stds[view] + preprocessor.means[view]) / 255
 
 
-def _load_model(cfg: Config, checkpoint: str | Path) -> CAE:
-    """Model of a pretraining config in eval mode, with its tokenizer's weights."""
-    if cfg.model.type != 'cae_mm.CAE':
-        raise ValueError(f'the config describes {cfg.model.type}, but pictures need cae_mm.CAE')
-    model = MODELS.build(cfg.model)
-    model.target_generator.init_weights()
-    load_pretrained(model, checkpoint)
-    return model.eval()
-
-
 def _load_batch(cfg: Config, images: Sequence[str | Path], seed: int) -> dict[str, Any]:
     """Images in the views of a pretraining config: central crop, no flip, random masks."""
     steps = {step['type']: dict(step) for step in cfg.train_dataloader.dataset.pipeline}
-    missing = [name for name in STEPS if name not in steps]
-    if missing:
-        raise ValueError(f'the pipeline of the config has no {missing[0]}')
+    for name in STEPS:
+        if name not in steps:
+            raise ValueError(f'the pipeline of the config has no {name}')
     steps['cae_mm.LoadImage']['on_error'] = 'raise'
     crop = steps['cae_mm.TwoViewResizedCrop']
     height, width = to_pair(crop['size'])

@@ -71,9 +71,7 @@ class NonFiniteLossHook(Hook):
         scaler = getattr(runner.optim_wrapper, 'loss_scaler', None)
         if 'train/grad_norm' in history and not (scaler and scaler.is_enabled()):
             values['the norm of the gradients'] = history['train/grad_norm'].current()
-        broken = [
-            f'{name} is {value}' for name, value in values.items() if not math.isfinite(value)
-        ]
+        broken = [f'{name} is {x}' for name, x in values.items() if not math.isfinite(x)]
         if not broken:
             return
         paths = [sample.get('img_path', 'unknown') for sample in data_batch['data_samples']]
