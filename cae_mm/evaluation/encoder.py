@@ -115,13 +115,10 @@ def load_backbone(
     """Build ``model.backbone`` with the weights of a checkpoint instead of its ``init_cfg``.
 
     Args:
-        cfg: The config.
+        cfg: One with a ``model.backbone``; others raise ValueError, as do weights that do not fit.
         checkpoint: File to load, or 'random' for a new initialisation.
         prefix: Of the backbone's keys in the file.
         seed: Of the random initialisation.
-
-    Raises:
-        ValueError: If the config has no ``model.backbone``, or the weights do not fit it.
     """
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmpretrain')):
         torch.manual_seed(seed)

@@ -61,10 +61,9 @@ def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
 
 
 def central_crop(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Resize so that the crop keeps 224/256 of the short edge, crop the centre.
+    """Resize so that the crop keeps 224/256 of the short edge, crop the centre: uint8 (3, *size).
 
-    Bicubic and antialiased (Pillow), the usual protocol on ImageNet. Returns a uint8 tensor with
-    shape (3, H, W) for ``size`` (H, W).
+    Bicubic and antialiased (Pillow), the usual protocol on ImageNet.
     """
     scale = max(size[0] / image.height, size[1] / image.width) / CROP_RATIO
     short = max(round(scale * min(image.size)), 1)
@@ -96,8 +95,7 @@ def extract_features(
         images: See ``labelled_images``.
         rows: Which of them, in this order.
         batch_size: Images in a batch.
-        num_workers: Processes that read images; 0 reads in this one, None takes up to four, not
-            more than this process has cores.
+        num_workers: Processes that read images; None takes one for each core, up to four.
         title: Of the bar; None shows none.
 
     Yields:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TEMPERATURE = 0.07
 MAX_SIMILARITIES = 2**26  # held at a time, 256 MiB
 
 
@@ -31,15 +30,15 @@ def knn_accuracies(
     val_labels: Tensor,
     *,
     ks: Sequence[int] = (10, 20),
-    temperature: float = TEMPERATURE,
+    temperature: float = 0.07,
 ) -> dict[int, float]:
     """Share of ``val`` that its k nearest neighbours in ``train`` assign to the right class.
 
     Args:
         train: Features with shape (N, D).
-        train_labels: Class indices with shape (N,).
+        train_labels: Their class indices.
         val: Features with shape (M, D) on the same device.
-        val_labels: Class indices with shape (M,).
+        val_labels: Their class indices.
         ks: Numbers of neighbours.
         temperature: The smaller, the more do the nearest of them count.
 

@@ -114,7 +114,6 @@ def linear_sweep(
         The picked ``lr``, its ``accuracy`` on ``val``, and ``held_out`` and ``val`` accuracies by
         learning rate.
     """
-    num_classes = int(train[1].max()) + 1
 
     def sweep(fit_to: Split, judge_on: Split) -> dict[float, float]:
         x, y, x_judge, y_judge = (
@@ -122,30 +121,18 @@ def linear_sweep(
         )
         var, mean = torch.var_mean(x, dim=0, unbiased=False)
         x, x_judge = (F.batch_norm(features, mean, var, eps=EPS) for features in (x, x_judge))
-        models = train_sweep(x, y, num_classes, lrs, seed=seed, epochs=epochs)
+        models = train_sweep(x, y, lrs, seed=seed, epochs=epochs)
         right = [model(x_judge).argmax(1) == y_judge for model in models]
         return {lr: r.double().mean().item() for lr, r in zip(lrs, right, strict=True)}
 
-    held_out_accuracies = sweep(*hold_out(train, seed))
-    val_accuracies = sweep(train, val)
-    best = max(lrs, key=held_out_accuracies.__getitem__)
-    return {
-        'lr': best,
-        'accuracy': val_accuracies[best],
-        'held_out': held_out_accuracies,
-        'val': val_accuracies,
-    }
+    on_held_out, on_val = sweep(*hold_out(train, seed)), sweep(train, val)
+    best = max(lrs, key=on_held_out.__getitem__)
+    return {'lr': best, 'accuracy': on_val[best], 'held_out': on_held_out, 'val': on_val}
 
 
 @torch.enable_grad()
 def train_sweep(
-    x: Tensor,
-    y: Tensor,
-    num_classes: int,
-    lrs: Sequence[float],
-    *,
-    seed: int,
-    epochs: int,
+    x: Tensor, y: Tensor, lrs: Sequence[float], *, seed: int, epochs: int
 ) -> nn.ModuleList:
     """Train one linear classifier per learning rate, all on the same batches.
 
@@ -155,8 +142,7 @@ def train_sweep(
 
     Args:
         x: Standardised features with shape (N, D).
-        y: Class indices with shape (N,).
-        num_classes: Number of classes.
+        y: Class indices with shape (N,), the largest class among them.
         lrs: Learning rates.
         seed: Of initial weights (the same for all) and order.
         epochs: Passes over the features.
@@ -165,7 +151,7 @@ def train_sweep(
         The classifiers in the order of ``lrs``.
     """
     generator = torch.Generator().manual_seed(seed)
-    first = nn.Linear(x.shape[1], num_classes)
+    first = nn.Linear(x.shape[1], int(y.max()) + 1)
     nn.init.normal_(first.weight, std=0.01, generator=generator)
     nn.init.zeros_(first.bias)
     models = nn.ModuleList(deepcopy(first) for _ in lrs).to(x.device)

@@ -52,7 +52,7 @@ def train_alone(x, y, lr, seed, epochs):
 def test_sweep_is_one_training_for_each_rate():
     features, labels = make_split(0)
     x, y, lrs = torch.from_numpy(features - 5), torch.from_numpy(labels), (1e-3, 0.03, 0.5)
-    models = train_sweep(x, y, 3, lrs, seed=4, epochs=3)
+    models = train_sweep(x, y, lrs, seed=4, epochs=3)
     for model, lr in zip(models, lrs):
         alone = train_alone(x, y, lr, seed=4, epochs=3)
         torch.testing.assert_close(model.weight, alone.weight, rtol=1e-3, atol=1e-5)
@@ -62,8 +62,8 @@ def test_sweep_is_one_training_for_each_rate():
 def test_a_rate_that_diverges_leaves_the_others_alone():
     features, labels = make_split(0)
     x, y = torch.from_numpy(features), torch.from_numpy(labels)
-    good, bad = train_sweep(x, y, 3, (1e-3, 1e38), seed=0, epochs=2)
-    [alone] = train_sweep(x, y, 3, (1e-3,), seed=0, epochs=2)
+    good, bad = train_sweep(x, y, (1e-3, 1e38), seed=0, epochs=2)
+    [alone] = train_sweep(x, y, (1e-3,), seed=0, epochs=2)
     assert not bad.weight.isfinite().all()
     torch.testing.assert_close(good.weight, alone.weight)
 
