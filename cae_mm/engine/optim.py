@@ -6,11 +6,9 @@ import torch
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
-from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
-from mmengine.registry import OPTIMIZERS as MMENGINE_OPTIMIZERS
 from torch import Tensor, nn
 
-from cae_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
+from cae_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 
 # beside 1-D parameters: class token and positions (official ``no_weight_decay``), and relative
 # position tables (official: with --disable_weight_decay_on_rel_pos_bias, which is off by default)
@@ -48,11 +46,10 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         """Build the wrapper for ``model``."""
         wrapper: Any = model
         model = wrapper.module if is_model_wrapper(wrapper) else model
-        optimizer_cfg = self.optimizer_cfg.copy()
-        optimizer_cfg['params'] = self._param_groups(model)
-        optimizer = MMENGINE_OPTIMIZERS.build(optimizer_cfg)
+        optimizer_cfg = dict(self.optimizer_cfg, params=self._param_groups(model))
+        optimizer = OPTIMIZERS.build(optimizer_cfg)
         wrapper_cfg = dict(type='OptimWrapper') | self.optim_wrapper_cfg
-        return MMENGINE_OPTIM_WRAPPERS.build(wrapper_cfg, default_args=dict(optimizer=optimizer))
+        return OPTIM_WRAPPERS.build(wrapper_cfg, default_args=dict(optimizer=optimizer))
 
     def _param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         groups: dict[tuple[float, float], list[Tensor]] = {}

@@ -84,22 +84,20 @@ def load_encoder(
     features: Sequence[str],
     precision: str = 'auto',
     device: str = 'cpu',
-    prefix: str = 'backbone.',
-    seed: int = 0,
+    **loading: Any,
 ) -> Encoder:
     """Build an ``Encoder`` with the weights of a checkpoint, in eval mode, and try it.
 
     Args:
         cfg: Config whose model is ``cae_mm.CAE``, or any whose model has a CAEViT or a backbone of
             mmpretrain as ``backbone``: a classifier, or a pretraining like MAE.
-        checkpoint: See ``load_backbone``, like ``prefix`` and ``seed``.
+        checkpoint: See ``load_backbone``.
         features: See ``Encoder``.
         precision: See ``Encoder``.
         device: Where to put it.
-        prefix: Of the backbone's keys in the file.
-        seed: Of the random initialisation.
+        loading: Other options of ``load_backbone``.
     """
-    backbone: Any = load_backbone(cfg, checkpoint, prefix, seed)
+    backbone: Any = load_backbone(cfg, checkpoint, **loading)
     if hasattr(backbone, 'out_type'):  # of mmpretrain's transformers
         backbone.out_type = 'raw'
     backbone.to(device)
