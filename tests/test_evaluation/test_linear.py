@@ -37,15 +37,13 @@ def train_alone(x, y, lr, seed, epochs):
     with torch.no_grad():
         model.weight.copy_(0.01 * torch.randn(model.weight.shape, generator=generator))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-    steps = epochs * -(-len(x) // linear.BATCH_SIZE)
-    for epoch in range(epochs):
-        order = torch.randperm(len(x), generator=generator)
-        for i, rows in enumerate(order.split(linear.BATCH_SIZE)):
-            step = epoch * -(-len(x) // linear.BATCH_SIZE) + i
-            optimizer.param_groups[0]['lr'] = lr * (1 + np.cos(np.pi * step / steps)) / 2
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
-            optimizer.step()
+    orders = [torch.randperm(len(x), generator=generator) for _ in range(epochs)]
+    batches = [rows for order in orders for rows in order.split(linear.BATCH_SIZE)]
+    for step, rows in enumerate(batches):
+        optimizer.param_groups[0]['lr'] = lr * (1 + np.cos(np.pi * step / len(batches))) / 2
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+        optimizer.step()
     return model
 
 

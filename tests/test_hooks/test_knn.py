@@ -106,15 +106,12 @@ def test_accuracy_is_that_of_the_current_encoder(train, folders):
     assert sorted(logged) == [2, 4, 5]  # every second epoch, and the last one
 
     path = Path(runner.work_dir) / 'epoch_5.pth'
-    encoder = load_encoder(
-        runner.cfg, path, features=['mean'], prefix='backbone.', seed=0, device='cpu'
-    )
+    encoder = load_encoder(runner.cfg, path, features=['mean'])
     data = []
     for folder in folders.values():
         images = labelled_images(folder, (16, 16))
-        batches = extract_features(
-            encoder, images, range(len(images)), batch_size=5, num_workers=0, title=None
-        )
+        rows = range(len(images))
+        batches = extract_features(encoder, images, rows, batch_size=5, num_workers=0)
         data += torch.cat(list(batches))[:, 0], torch.tensor(images.targets)
     assert logged[5] == pytest.approx(knn_accuracies(*data, ks=[3])[3])
 

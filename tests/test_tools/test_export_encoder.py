@@ -99,7 +99,7 @@ def test_normalisation_in_the_file(export, name, capsys):
     ('spoil', 'message'),
     [
         (lambda output: 1.001 * output, r'outputs differ by 1\.0e-03 of the'),
-        (lambda output: output * float('nan'), 'differ by nan'),
+        (lambda output: output * (float('nan') if len(output) > 1 else 1), 'differ by nan'),
         (lambda output: output[:1], 'an output of shape'),
     ],
 )
