@@ -16,14 +16,13 @@ from numpy.lib.format import open_memmap
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
-from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 from tqdm import tqdm
 
 from cae_mm.datasets import LoadImage
 from cae_mm.evaluation.encoder import Encoder
 
 CROP_RATIO = 224 / 256  # share of the resized short edge that the crop keeps
-EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.webp')
 
 
 def labelled_images(folder: str | Path, size: tuple[int, int]) -> ImageFolder:
@@ -37,15 +36,12 @@ def labelled_images(folder: str | Path, size: tuple[int, int]) -> ImageFolder:
     """
     try:
         return ImageFolder(
-            str(folder),
-            loader=_load_image,
-            transform=partial(central_crop, size=size),
-            is_valid_file=lambda path: path.lower().endswith(EXTENSIONS),
+            str(folder), loader=_load_image, transform=partial(central_crop, size=size)
         )
     except OSError as error:
         raise FileNotFoundError(
             f'{folder} is no labelled folder: {error}. It needs one sub-folder for each class, '
-            f'with images ({" ".join(EXTENSIONS)}) in it'
+            f'with images ({" ".join(IMG_EXTENSIONS)}) in it'
         ) from error
 
 
