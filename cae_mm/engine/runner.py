@@ -43,9 +43,7 @@ class CAERunner(Runner):
         on_cpus = self.distributed and not torch.cuda.is_available()
         if on_cpus and not torch.distributed.is_initialized():
             torch.distributed.init_process_group('gloo')
-            torch.set_num_threads(
-                max(joblib.cpu_count() // _count_local_processes(self._launcher), 1)
-            )
+            torch.set_num_threads(_count_cores(self._launcher))
         super().setup_env(env_cfg)
 
 
@@ -144,7 +142,7 @@ def _stretch_scheduler(scheduler: dict[str, Any], factor: int, max_iters: int | 
 
 def _fit_loaders(cfg: Config, launcher: str) -> list[str]:
     """Take no more workers than there are cores for this process, and pin memory for GPUs only."""
-    cores = max(joblib.cpu_count() // _count_local_processes(launcher), 1)
+    cores = _count_cores(launcher)
     wishes = set()
     for loader in (cfg[name] for name in LOADERS if cfg.get(name)):
         if loader.get('num_workers', 0) > cores:
@@ -159,6 +157,7 @@ def _fit_loaders(cfg: Config, launcher: str) -> list[str]:
     return [f'workers: {cores}, one for each core (the config: {", ".join(map(str, wishes))})']
 
 
-def _count_local_processes(launcher: str) -> int:
-    """Processes of the run on this machine."""
-    return int(os.environ.get(LOCAL_WORLD_SIZE.get(launcher, ''), 1))
+def _count_cores(launcher: str) -> int:
+    """Cores for each process of the run on this machine."""
+    processes = int(os.environ.get(LOCAL_WORLD_SIZE.get(launcher, ''), 1))
+    return max(joblib.cpu_count() // processes, 1)
