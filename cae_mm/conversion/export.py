@@ -177,7 +177,7 @@ def _to_network(
         )
     classes = len(state['head.fc.weight']) if 'head.fc.weight' in state else 0
     network = target.build(description, classes).eval()
-    result = to_foreign(state, target.rules, fixed_tensors(description), description.pooled_norm)
+    result = to_foreign(state, fixed_tensors(description), target.rules, description.pooled_norm)
     other = network.state_dict()
     # the index of relative positions is stored by some versions only
     weights = {k: v for k, v in result.state.items() if k in other or not k.endswith(INDEX)}
@@ -230,8 +230,8 @@ def _to_official(
     neck_width = state['neck.mask_token'].shape[-1] if has_neck else None
     result = to_foreign(
         state,
-        OFFICIAL_FINETUNED if finetuned else OFFICIAL,
         fixed_tensors(description, neck_width),
+        OFFICIAL_FINETUNED if finetuned else OFFICIAL,
         description.pooled_norm,
     )
     if not has_neck and not finetuned:

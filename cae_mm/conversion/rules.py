@@ -19,19 +19,20 @@ _PLACEHOLDERS = {'i': r'(?P<i>\d+)', 'p': r'(?P<p>weight|bias)', 'rest': r'(?P<r
 
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of some keys; the subclass says which of five things.
+    """What becomes of some keys; the subclass says which of three things.
 
     Attributes:
         foreign: Template, or several joined by ' + ' whose tensors follow one another along the
             first axis of ours.
-        ours: Template with the same placeholders.
+        ours: Template with the same placeholders. Where only this one has ``{i}``, one tensor of
+            theirs stands for those of all blocks; that is read, but not written.
         note: For the report.
         pooled: For the final norm, which has two names in most projects: True where it is applied
             to the mean of the patch tokens, False where to each token. None for all other keys.
     """
 
     foreign: str
-    ours: str = ''
+    ours: str = '(left out)'
     note: str = ''
     pooled: bool | None = None
 
@@ -40,16 +41,8 @@ class Move(Rule):
     """Their tensor is ours, under another name."""
 
 
-class Same(Rule):
-    """A duplicate: their tensor must equal one of ours."""
-
-
-class Shared(Rule):
-    """One tensor of theirs stands for all of ours; only read, we write them one by one."""
-
-
-class Fixed(Rule):
-    """A tensor that we compute, 'positions' for example: theirs must equal it."""
+class Check(Rule):
+    """Their tensor must equal one of ours, or one that we compute ('positions', for example)."""
 
 
 class LeaveOut(Rule):
@@ -72,25 +65,21 @@ class Translation:
 
     Attributes:
         state: The translated tensors.
-        fixed: Key of theirs -> name of what we compute and its tensor, to be compared.
-        same: Key of theirs -> our key that must equal it and its tensor, to be compared.
+        checks: Key of theirs -> what must equal it, one of our keys or computed, and its tensor.
         pooled: Whether the final norm is that of the mean of patch tokens; None without norm.
         rows: The report.
     """
 
     state: dict[str, Tensor] = field(default_factory=dict)
-    fixed: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
-    same: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
+    checks: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
     pooled: bool | None = None
     rows: list[Row] = field(default_factory=list)
 
     def report(self, rule: Rule, count: int) -> None:
         """Add a line about ``count`` keys, if there are some."""
-        marks = {Same: f'= {rule.ours}', Fixed: '(computed)', LeaveOut: '(left out)'}
-        notes = {Shared: 'one table for all blocks', Fixed: f'fixed {rule.ours}'}
+        ours = f'= {rule.ours}' if isinstance(rule, Check) else rule.ours
         if count:
-            note = rule.note or notes.get(type(rule), '')
-            self.rows.append(Row(rule.foreign, marks.get(type(rule), rule.ours), count, note))
+            self.rows.append(Row(rule.foreign, ours, count, rule.note))
 
 
 @cache
@@ -118,15 +107,15 @@ def to_ours(state: dict[str, Tensor], rules: Sequence[Rule]) -> Translation:
     for rule in rules:
         before = len(left)
         for key, ours, tensor in _take(rule, left):
-            if isinstance(rule, (Move, Shared)):
+            if isinstance(rule, Check):
+                result.checks[key] = ours, tensor
+            elif isinstance(rule, Move):
                 if ours in origins:
                     raise ValueError(
                         f'{key} and {origins[ours]} would both be {ours}: a network with both '
                         'cannot be expressed here'
                     )
                 result.state[ours], origins[ours] = tensor, key
-            elif isinstance(rule, (Fixed, Same)):
-                (result.fixed if isinstance(rule, Fixed) else result.same)[key] = ours, tensor
             if rule.pooled is not None:
                 result.pooled = rule.pooled
         result.report(rule, before - len(left))
@@ -155,14 +144,14 @@ def _take(rule: Rule, left: dict[str, Tensor]) -> Iterator[tuple[str, str, Tenso
 
 
 def to_foreign(
-    state: dict[str, Tensor], rules: Sequence[Rule], fixed: dict[str, Tensor], pooled: bool
+    state: dict[str, Tensor], computed: dict[str, Tensor], rules: Sequence[Rule], pooled: bool
 ) -> Translation:
     """Translate our state dict back.
 
     Args:
         state: Ours.
+        computed: What others store beside it; written where a rule names it.
         rules: The table of the other project.
-        fixed: What ``Fixed`` rules write, by name; those not in it are not written.
         pooled: Which of two names the final norm gets.
 
     Raises:
@@ -170,17 +159,16 @@ def to_foreign(
     """
     result, unknown = Translation(), set(state)
     for rule in rules:
-        written = {}
-        if isinstance(rule, Fixed) and rule.ours in fixed:
-            blocks = range(count_blocks(state) if '{i}' in rule.foreign else 1)
-            written = {rule.foreign.format(i=i): fixed[rule.ours].clone() for i in blocks}
-        elif isinstance(rule, (Move, Same)) and rule.pooled in (None, pooled):
-            templates = rule.foreign.split(' + ')
-            for key, tensor in state.items():
-                if (values := match_key(rule.ours, key)) is not None:
-                    unknown.discard(key)
-                    parts = zip(templates, tensor.chunk(len(templates)), strict=True)
-                    written |= {t.format(**values): part.clone() for t, part in parts}
+        shared = '{i}' in rule.ours and '{i}' not in rule.foreign
+        if shared or rule.pooled not in (None, pooled):
+            continue
+        templates = rule.foreign.split(' + ')
+        written: dict[str, Tensor] = {}
+        for key, tensor in (state | computed).items():
+            if (values := match_key(rule.ours, key)) is not None:
+                unknown.discard(key)
+                parts = zip(templates, tensor.chunk(len(templates)), strict=True)
+                written |= {t.format(**values): part.clone() for t, part in parts}
         result.state |= written
         result.report(rule, len(written))
     if unknown:

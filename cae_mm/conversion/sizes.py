@@ -85,16 +85,16 @@ def resolve_heads(
     return published[width]
 
 
-def find_grids(fixed: dict[str, tuple[str, Tensor]]) -> tuple[Grid, Grid]:
+def find_grids(checks: dict[str, tuple[str, Tensor]]) -> tuple[Grid, Grid]:
     """Find the grid whose sin-cos positions a file has, and that from which they are resized.
 
     Args:
-        fixed: See ``Translation``.
+        checks: See ``Translation``.
 
     Raises:
         ValueError: If there is none.
     """
-    table = next((tensor for what, tensor in fixed.values() if what == 'positions'), None)
+    table = next((tensor for ours, tensor in checks.values() if ours == 'positions'), None)
     if table is None:
         raise ValueError(
             'it has no absolute positions, as BEiT; a CAEViT always adds its sin-cos table, which '
@@ -121,16 +121,17 @@ def fixed_positions(dim: int, grid: Grid, base: Grid | None = None) -> Tensor:
 
 
 def fixed_tensors(d: EncoderDescription, neck_width: int | None = None) -> dict[str, Tensor]:
-    """Compute the tensors that others store and we do not, by the names of ``Fixed`` rules.
+    """Compute the tensors that others store and we do not, by their names in ``Check`` rules.
 
     Returns:
         'positions' with shape (1, 1 + N, D), 'neck_positions' likewise if there is a neck, and
-        'relative_position_index' with shape (1 + N, 1 + N) if there are such tables.
+        for each block an index with shape (1 + N, 1 + N) if there are relative position tables.
     """
     grid, base = (grid_of(size, d.patch_size) for size in (d.img_size, d.pretrain_img_size))
     tensors = {'positions': fixed_positions(d.embed_dims, grid, base)}
     if d.use_rel_pos_bias:
-        tensors[INDEX] = relative_position_index(grid, CPU)
+        index = relative_position_index(grid, CPU)
+        tensors |= {f'backbone.blocks.{i}.attn.{INDEX}': index for i in range(d.depth)}
     if neck_width is not None:
         tensors['neck_positions'] = fixed_positions(neck_width, grid)
     return tensors

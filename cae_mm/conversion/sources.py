@@ -12,7 +12,7 @@ References:
 from collections.abc import Iterable, Mapping
 
 from cae_mm.checkpoints.pretrained import guess_source
-from cae_mm.conversion.rules import Fixed, LeaveOut, Move, Rule, Same, Shared
+from cae_mm.conversion.rules import Check, LeaveOut, Move, Rule
 
 TABLE = 'relative_position_bias_table'
 INDEX = 'relative_position_index'
@@ -67,10 +67,11 @@ def _moves(names: Mapping[str, str] | Iterable[str], foreign: str, ours: str) ->
 
 
 def _relative_positions(attention: str, shared: str) -> list[Rule]:
+    ours = 'backbone.blocks.{i}.attn.'
     return [
-        Move(f'{attention}{TABLE}', f'backbone.blocks.{{i}}.attn.{TABLE}'),
-        Fixed(f'{attention}{INDEX}', INDEX),
-        Shared(f'{shared}{TABLE}', f'backbone.blocks.{{i}}.attn.{TABLE}'),
+        Move(f'{attention}{TABLE}', f'{ours}{TABLE}'),
+        Check(f'{attention}{INDEX}', f'{ours}{INDEX}'),
+        Move(f'{shared}{TABLE}', f'{ours}{TABLE}', 'one table for all blocks'),
         LeaveOut(f'{shared}{INDEX}', note='that of the shared table, computed'),
     ]
 
@@ -78,7 +79,7 @@ def _relative_positions(attention: str, shared: str) -> list[Rule]:
 def _official_encoder(prefix: str) -> list[Rule]:
     return [
         *_moves(ENCODER, prefix, 'backbone.'),
-        Fixed(f'{prefix}pos_embed', 'positions'),
+        Check(f'{prefix}pos_embed', 'positions'),
         *_relative_positions(f'{prefix}blocks.{{i}}.attn.', f'{prefix}rel_pos_bias.'),
     ]
 
@@ -94,14 +95,14 @@ OFFICIAL: list[Rule] = [
     *_official_encoder('encoder.'),
     Move('encoder.norm.{p}', 'backbone.norm.{p}', pooled=False),
     *(
-        Same(f'alignment_encoder.{name}', f'backbone.{name}', 'shares the storage of the encoder')
+        Check(f'alignment_encoder.{name}', f'backbone.{name}', 'shares the storage of the encoder')
         for name in (*ENCODER, f'blocks.{{i}}.attn.{TABLE}', 'norm.{p}')
     ),
-    Fixed('alignment_encoder.pos_embed', 'positions'),
+    Check('alignment_encoder.pos_embed', 'positions'),
     Move('mask_token', 'neck.mask_token'),
     Move('encoder_to_regresser.{p}', 'neck.projection.0.{p}'),
     Move('encoder_to_regresser_norm.{p}', 'neck.projection.1.{p}'),
-    Fixed('rd_pos_embed', 'neck_positions'),
+    Check('rd_pos_embed', 'neck_positions'),
     *_moves(OFFICIAL_REGRESSOR_BLOCK, 'regresser.regressor_blocks.{i}.', 'neck.regressor.{i}.'),
     Move('regresser.norm.{p}', 'neck.regressor_norm.{p}'),
     *_moves(BLOCK, 'decoder.decoder_blocks.{i}.', 'neck.decoder.{i}.'),
@@ -144,7 +145,7 @@ MMPRETRAIN: list[Rule] = [
     Move('backbone.cls_token', 'backbone.cls_token'),
     Move('backbone.patch_embed.projection.{p}', 'backbone.patch_embed.proj.{p}'),
     *_moves(MMPRETRAIN_BLOCK, 'backbone.layers.{i}.', 'backbone.blocks.{i}.'),
-    Fixed('backbone.pos_embed', 'positions'),
+    Check('backbone.pos_embed', 'positions'),
     *_relative_positions('backbone.layers.{i}.attn.', 'backbone.rel_pos_bias.'),
     *_norms('backbone.ln1.{p}', 'backbone.ln2.{p}'),
     Move('head.fc.{p}', 'head.fc.{p}'),
@@ -169,7 +170,7 @@ def _huggingface(prefix: str) -> list[Rule]:
         Move(
             f'{prefix}embeddings.patch_embeddings.projection.{{p}}', 'backbone.patch_embed.proj.{p}'
         ),
-        Fixed(f'{prefix}embeddings.position_embeddings', 'positions'),
+        Check(f'{prefix}embeddings.position_embeddings', 'positions'),
         LeaveOut(f'{prefix}embeddings.mask_token', note="BEiT's; CAE masks in the regressor"),
         Move(
             ' + '.join(f'{attention}{name}.weight' for name in ('query', 'key', 'value')),
