@@ -5,8 +5,8 @@ the pickle; a ``PretrainedModule`` loads through this file instead.
 """
 
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from cae_mm.checkpoints.description import EncoderDescription
-from cae_mm.checkpoints.files import read_checkpoint
+from cae_mm.checkpoints.files import Checkpoint, read_checkpoint
 
 MAX_KEYS_SHOWN = 5
 # A key of each project whose weights can be converted; the first that fits is taken.
@@ -84,21 +83,15 @@ def load_pretrained(
         ValueError: If it is a URL, or the file holds anything but plain data, or too few keys and
             shapes fit, or the file was made for another number of heads.
     """
-    name = type(module).__name__
-    path = find_file(checkpoint, name, getattr(module, 'explain_missing_weights', lambda: '')())
-    file = read_checkpoint(path)
-    everything = file.state
-    state = {k.removeprefix(prefix): v for k, v in everything.items() if k.startswith(prefix)}
-    remarks = compare_descriptions(module, file.description, path)
-    state, adapted = fit_state_dict(module, state)
-    match = compare_keys(module.state_dict(), state)
+    advice = getattr(module, 'explain_missing_weights', lambda: '')()
+    path = find_file(checkpoint, type(module).__name__, advice)
+    match = match_weights(module, read_checkpoint(path), prefix)
     if min_matched < 1:
-        check_share(module, match, min_matched, path, everything, prefix)
+        check_share(module, match, min_matched, path)
     elif match.problems:
-        hint = explain_mismatch(module.state_dict(), everything, prefix)
-        raise ValueError(f'{path} does not fit {name}: {"; ".join(match.problems)}{hint}')
-    module.load_state_dict({key: state[key] for key in match.matched}, strict=min_matched == 1)
-    log_match(name, path, match, remarks + adapted)
+        raise ValueError(f'{path} does not fit {type(module).__name__}: {match.explanation}')
+    module.load_state_dict(match.matched, strict=min_matched == 1)
+    log_match(module, match, path)
     return match
 
 
@@ -117,76 +110,25 @@ def find_file(checkpoint: str | Path, name: str, advice: str = '') -> Path:
     return path
 
 
-def fit_state_dict(
-    module: nn.Module, state: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Let ``CAEViT.adapt_state_dict`` work on the encoder's part of ``state``, if there is one.
-
-    Returns:
-        The state dict to load, and remarks on what was changed.
-    """
-    encoder, prefix = find_encoder(module)
-    inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    if encoder is None or not inside:
-        return state, []
-    adapted, remarks = encoder.adapt_state_dict(inside)
-    outside = {k: v for k, v in state.items() if not k.startswith(prefix)}
-    return outside | {f'{prefix}{k}': v for k, v in adapted.items()}, remarks
-
-
-def find_encoder(module: nn.Module) -> tuple[Any, str]:
-    """Return the ``CAEViT`` that ``module`` is or has as backbone (or None), and its prefix."""
-    for encoder, prefix in ((module, ''), (getattr(module, 'backbone', None), 'backbone.')):
-        if hasattr(encoder, 'adapt_state_dict'):
-            return encoder, prefix
-    return None, ''
-
-
-def compare_descriptions(
-    module: nn.Module, of_file: EncoderDescription | None, path: Path
-) -> list[str]:
-    """Compare what no shape tells: number of heads, and size of pretraining.
-
-    The encoder's positions follow the size that the file says.
-
-    Returns:
-        A remark if the file has positions for another size than the model had.
-
-    Raises:
-        ValueError: If the numbers of heads differ.
-    """
-    encoder, _ = find_encoder(module)
-    if encoder is None or of_file is None:
-        return []
-    of_model = encoder.describe()
-    if of_file.num_heads != of_model.num_heads:
-        raise ValueError(
-            f'{path} was made with {of_file.num_heads} heads, but the model has '
-            f'{of_model.num_heads}: the shapes are the same, the results are not. '
-            'Set num_heads in arch'
-        )
-    if of_file.pretrain_img_size == of_model.pretrain_img_size:
-        return []
-    encoder.set_pretrain_size(of_file.pretrain_img_size)
-    height, width = of_file.pretrain_img_size
-    return [f'positions are resized from those for {height}x{width} pixels, as the file says']
-
-
 @dataclass(frozen=True)
 class KeyMatch:
     """Which keys of a module a file fills.
 
     Attributes:
-        matched: Keys with the same shape in both.
+        matched: Tensors whose shape is the same in both, to be loaded.
         missing: Keys of the module that the file has not.
         unexpected: Keys of the file that the module has not.
         reshaped: Keys with another shape, with both shapes.
+        remarks: What was changed to make the weights fit.
+        cause: The likely one of a mismatch, '' if there is no guess.
     """
 
-    matched: list[str]
+    matched: dict[str, Tensor]
     missing: list[str]
     unexpected: list[str]
     reshaped: dict[str, str]
+    remarks: Sequence[str] = ()
+    cause: str = ''
 
     @property
     def problems(self) -> list[str]:
@@ -197,12 +139,17 @@ class KeyMatch:
             f'{len(keys)} keys {what}: {name_some(keys)}' for what, keys in kinds.items() if keys
         ]
 
+    @property
+    def explanation(self) -> str:
+        """All problems and their cause, for a message."""
+        return '; '.join(self.problems) + self.cause
+
 
 def compare_keys(target: dict[str, Tensor], source: dict[str, Tensor]) -> KeyMatch:
     """Say which keys of ``target`` are in ``source`` with the same shape, and which are not."""
     shapes = {k: (tuple(source[k].shape), tuple(v.shape)) for k, v in target.items() if k in source}
     return KeyMatch(
-        matched=[key for key, (there, here) in shapes.items() if there == here],
+        matched={key: source[key] for key, (there, here) in shapes.items() if there == here},
         missing=[key for key in target if key not in source],
         unexpected=[key for key in source if key not in target],
         reshaped={
@@ -213,14 +160,62 @@ def compare_keys(target: dict[str, Tensor], source: dict[str, Tensor]) -> KeyMat
     )
 
 
-def check_share(
-    module: nn.Module,
-    match: KeyMatch,
-    min_matched: float,
-    path: Path,
-    everything: dict[str, Tensor],
-    prefix: str = '',
-) -> None:
+def match_weights(
+    module: nn.Module, file: Checkpoint, prefix: str = '', *, adapt: bool = True
+) -> KeyMatch:
+    """Match the keys of a file that start with ``prefix`` with those of ``module``.
+
+    The positions of a ``CAEViT`` (the module, or its backbone) follow the file's description.
+
+    Args:
+        module: Where the weights are to be loaded.
+        file: Where they come from.
+        prefix: See ``load_pretrained``.
+        adapt: Whether ``CAEViT.adapt_state_dict`` works on the encoder's part first.
+
+    Raises:
+        ValueError: If the file was made for another number of heads.
+    """
+    state, remarks = strip_prefix(file.state, prefix), []
+    encoder: Any = getattr(module, 'backbone', None)
+    place = 'backbone.'
+    if hasattr(module, 'adapt_state_dict'):
+        encoder, place = module, ''
+    if hasattr(encoder, 'adapt_state_dict'):
+        remarks = _follow_description(encoder, file)
+        inside = strip_prefix(state, place)
+        if adapt and inside:
+            outside = {k: v for k, v in state.items() if not k.startswith(place)}
+            adapted, changes = encoder.adapt_state_dict(inside)
+            state = outside | {f'{place}{k}': v for k, v in adapted.items()}
+            remarks += changes
+    target = module.state_dict()
+    cause = _guess_cause(target, file.state, prefix)
+    return replace(compare_keys(target, state), remarks=remarks, cause=cause)
+
+
+def strip_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return what is under ``prefix``, without it."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _follow_description(encoder: Any, file: Checkpoint) -> list[str]:
+    """Refuse another number of heads, and resize positions from the file's size of pretraining."""
+    of_model, of_file = encoder.describe(), file.description or encoder.describe()
+    if of_file.num_heads != of_model.num_heads:
+        raise ValueError(
+            f'{file.path} was made with {of_file.num_heads} heads, but the model has '
+            f'{of_model.num_heads}: the shapes are the same, the results are not. '
+            'Set num_heads in arch'
+        )
+    if of_file.pretrain_img_size == of_model.pretrain_img_size:
+        return []
+    encoder.set_pretrain_size(of_file.pretrain_img_size)
+    height, width = of_file.pretrain_img_size
+    return [f'positions are resized from those for {height}x{width} pixels, as the file says']
+
+
+def check_share(module: nn.Module, match: KeyMatch, min_matched: float, path: Path) -> None:
     """Check that enough of the backbone (of the module, if it has none) is loaded.
 
     Raises:
@@ -229,7 +224,7 @@ def check_share(
     """
     target = module.state_dict()
     part = {k: v for k, v in target.items() if k.startswith('backbone.')} or target
-    loaded = part.keys() & set(match.matched)
+    loaded = part.keys() & match.matched.keys()
     tensors = len(loaded) / len(part)
     elements = sum(part[k].numel() for k in loaded) / sum(v.numel() for v in part.values())
     if min(tensors, elements) >= min_matched:
@@ -238,16 +233,16 @@ def check_share(
     raise ValueError(
         f'{path} does not fit {where}: only {len(loaded)} of {len(part)} tensors '
         f'({elements:.1%} of the elements) match, at least {min_matched:.0%} must; '
-        f'{"; ".join(match.problems)}{explain_mismatch(target, everything, prefix)}'
+        f'{match.explanation}'
     )
 
 
-def log_match(name: str, path: Path, match: KeyMatch, remarks: list[str]) -> None:
+def log_match(module: nn.Module, match: KeyMatch, path: Path) -> None:
     """Log how many tensors were loaded, and each thing that did not fit as a warning."""
+    name = type(module).__name__
     total = len(match.matched) + len(match.missing) + len(match.reshaped)
-    print_log(f'{name}: {len(match.matched)} of {total} tensors loaded from {path}', 'current')
-    for remark in remarks:
-        print_log(f'{name}: {remark}', 'current')
+    for line in (f'{len(match.matched)} of {total} tensors loaded from {path}', *match.remarks):
+        print_log(f'{name}: {line}', 'current')
     for problem in match.problems:
         print_log(f'{name}: {problem}', 'current', level=logging.WARNING)
 
@@ -258,9 +253,9 @@ def name_some(keys: list[str]) -> str:
     return ', '.join(keys[:MAX_KEYS_SHOWN]) + more
 
 
-def explain_mismatch(target: dict[str, Tensor], source: dict[str, Tensor], prefix: str) -> str:
+def _guess_cause(target: dict[str, Tensor], source: dict[str, Tensor], prefix: str) -> str:
     """Name the likely cause: another prefix, names of another project, another size."""
-    first = next(iter(target))
+    first = next(iter(target), '')
     prefixes = [k.removesuffix(first) for k in source if k.endswith(f'.{first}') or k == first]
     if prefixes and prefix not in prefixes:
         return f". The file has these keys under prefix='{prefixes[0]}'"
@@ -290,7 +285,4 @@ def guess_source(keys: Iterable[str]) -> str | None:
     in timm, and means the same: it is called timm's.
     """
     keys = set(keys)
-    for source, hallmarks in HALLMARKS.items():
-        if keys & set(hallmarks):
-            return source
-    return None
+    return next((source for source, some in HALLMARKS.items() if not keys.isdisjoint(some)), None)

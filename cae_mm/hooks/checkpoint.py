@@ -11,19 +11,11 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
-from torch import Tensor, nn
+from torch import nn
 
 from cae_mm.checkpoints.description import KEY
 from cae_mm.checkpoints.files import Checkpoint, read_checkpoint
-from cae_mm.checkpoints.pretrained import (
-    check_share,
-    compare_descriptions,
-    compare_keys,
-    explain_mismatch,
-    find_file,
-    fit_state_dict,
-    log_match,
-)
+from cae_mm.checkpoints.pretrained import check_share, find_file, log_match, match_weights
 from cae_mm.models.description import describe_model
 from cae_mm.registry import HOOKS
 
@@ -81,24 +73,18 @@ class SafeLoadHook(Hook):
             return  # a call of Runner.load_checkpoint by somebody else
         path = Path(runner._load_from.removeprefix(SCHEME))
         model = unwrap(runner.model)
-        training = isinstance(runner._train_loop, BaseLoop)
-        state: dict[str, Tensor] = checkpoint['state_dict']
-        remarks = compare_descriptions(model, Checkpoint(path, checkpoint).description, path)
-        if runner._resume:
-            checkpoint.get('meta', {}).pop('config', None)
-        elif training:
-            state, adapted = fit_state_dict(model, state)
-            remarks += adapted
-        match = compare_keys(model.state_dict(), state)
-        if training and not runner._resume:
-            check_share(model, match, self.min_matched, path, checkpoint['state_dict'])
+        starts = isinstance(runner._train_loop, BaseLoop) and not runner._resume
+        match = match_weights(model, Checkpoint(path, checkpoint), adapt=starts)
+        if starts:
+            check_share(model, match, self.min_matched, path)
         elif match.missing or match.reshaped or (match.unexpected and runner._resume):
             purpose = 'resumed from' if runner._resume else 'tested with'
-            hint = explain_mismatch(model.state_dict(), state, '')
-            problems = '; '.join(match.problems) + hint
-            raise ValueError(f'{type(model).__name__} cannot be {purpose} {path}: {problems}')
-        checkpoint['state_dict'] = {key: state[key] for key in match.matched}
-        log_match(type(model).__name__, path, match, remarks)
+            name = type(model).__name__
+            raise ValueError(f'{name} cannot be {purpose} {path}: {match.explanation}')
+        if runner._resume:
+            checkpoint.get('meta', {}).pop('config', None)
+        checkpoint['state_dict'] = match.matched
+        log_match(model, match, path)
 
 
 def unwrap(model: Any) -> nn.Module:
