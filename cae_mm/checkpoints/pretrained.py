@@ -177,12 +177,11 @@ def match_weights(
         ValueError: If the file was made for another number of heads.
     """
     state, remarks = strip_prefix(file.state, prefix), []
-    encoder: Any = getattr(module, 'backbone', None)
-    place = 'backbone.'
-    if hasattr(module, 'adapt_state_dict'):
-        encoder, place = module, ''
-    if hasattr(encoder, 'adapt_state_dict'):
-        remarks = _follow_description(encoder, file)
+    places: dict[str, Any] = {'': module, 'backbone.': getattr(module, 'backbone', None)}
+    for place, encoder in places.items():
+        if not hasattr(encoder, 'adapt_state_dict'):
+            continue
+        remarks += _follow_description(encoder, file)
         inside = strip_prefix(state, place)
         if adapt and inside:
             outside = {k: v for k, v in state.items() if not k.startswith(place)}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cae_mm.checkpoints import EncoderDescription, read_state_dict
 from cae_mm.checkpoints.files import write_safetensors
-from cae_mm.checkpoints.pretrained import compare_keys, guess_source, name_some
+from cae_mm.checkpoints.pretrained import compare_keys, guess_source, name_some, strip_prefix
 from cae_mm.conversion.paddle import SUFFIXES, read_paddle
 from cae_mm.conversion.rules import (
     LeaveOut,
@@ -46,7 +46,6 @@ class Conversion:
     Attributes:
         state: Weights under our names, the encoder under ``backbone.``.
         source: The project that they come from.
-        part: 'encoder' or 'full'.
         description: Of the encoder.
         neck: Arguments of ``CAENeck``, None without regressor and decoder.
         rows: What became of each key.
@@ -56,7 +55,6 @@ class Conversion:
 
     state: dict[str, Tensor]
     source: str
-    part: str
     description: EncoderDescription
     neck: dict[str, Any] | None
     rows: list[Row]
@@ -67,7 +65,7 @@ class Conversion:
     def metadata(self) -> dict[str, Any]:
         """What is written beside the weights."""
         sizes = {'encoder': self.description.to_dict()} | ({'neck': self.neck} if self.neck else {})
-        return {'source': self.source, 'part': self.part} | sizes
+        return {'source': self.source, 'part': part_of(self.state)} | sizes
 
 
 def convert_checkpoint(
@@ -103,14 +101,14 @@ def convert_checkpoint(
     try:
         result = translate(
             state,
-            source or hints.get('source') or _guess(state),
+            source or hints.get('source'),
             part=part,
             num_heads=num_heads or hints.get('num_heads'),
             decoder_heads=decoder_heads,
         )
     except ValueError as error:
         raise ValueError(f'{path} cannot be converted: {error}') from error
-    result.path = name_output(out, path, result.part, '.safetensors')
+    result.path = name_output(out, path, result.state, '.safetensors')
     write_safetensors(result.path, result.state, result.metadata)
     return result
 
@@ -144,19 +142,9 @@ def read_foreign(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return read_state_dict(weights), {'source': 'huggingface', 'num_heads': heads}
 
 
-def _guess(state: dict[str, Tensor]) -> str:
-    source = guess_source(state)
-    if source is None:
-        raise ValueError(
-            f'it is of no known source ({", ".join(SOURCES)}); its keys begin with '
-            f'{", ".join(list(state)[:3])}. Weights of this project need no conversion'
-        )
-    return source
-
-
 def translate(
     state: dict[str, Tensor],
-    source: str,
+    source: str | None,
     *,
     part: str | None = None,
     num_heads: int | None = None,
@@ -169,15 +157,23 @@ def translate(
     """
     if part not in (None, *PARTS):
         raise ValueError(f"Unknown part '{part}': choose one of {PARTS}")
+    source = source or guess_source(state)
+    if source is None:
+        raise ValueError(
+            f'it is of no known source ({", ".join(SOURCES)}); its keys begin with '
+            f'{", ".join(list(state)[:3])}. Weights of this project need no conversion'
+        )
     rules = table_for(source, state)
     if part == 'encoder':
-        rest = [rule for rule in rules if rule.ours.startswith(('neck', 'head.'))]
-        left_out = {rule: LeaveOut(rule.foreign, note='part=encoder') for rule in rest}
-        rules = [left_out.get(rule, rule) for rule in rules]
+        rules = [
+            LeaveOut(rule.foreign, note='part=encoder')
+            if rule.ours.startswith(('neck', 'head.'))
+            else rule
+            for rule in rules
+        ]
     translated = to_ours(state, rules)
     ours = translated.state
-    part_there = 'encoder' if all(key.startswith('backbone.') for key in ours) else 'full'
-    if part == 'full' != part_there:
+    if part == 'full' and part_of(ours) == 'encoder':
         raise ValueError("it holds an encoder only: leave out part='full'")
     remarks = _complete(ours)
     grid, pretrain_grid = find_grids(translated.checks)
@@ -194,7 +190,7 @@ def translate(
         neck = read_neck_sizes(ours, description.embed_dims, decoder_heads, default, remarks)
     _check_fit(ours, description, neck, rules)
     _check_duplicates(translated, description, neck)
-    return Conversion(ours, source, part_there, description, neck, translated.rows, remarks)
+    return Conversion(ours, source, description, neck, translated.rows, remarks)
 
 
 def _complete(state: dict[str, Tensor]) -> list[str]:
@@ -227,14 +223,12 @@ def _check_fit(
         if head:
             modules['head.fc.'] = nn.Linear(description.embed_dims, head[0])
     for prefix, module in modules.items():
-        inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        match = compare_keys(module.state_dict(), inside)
+        match = compare_keys(module.state_dict(), strip_prefix(state, prefix))
+        missing = [_name_foreign(prefix + key, rules) for key in match.missing]
+        named = f' (in the file: {name_some(missing)})' if missing else ''
         if match.problems:
-            missing = [_name_foreign(prefix + key, rules) for key in match.missing]
-            named = f' (in the file: {name_some(missing)})' if missing else ''
-            raise ValueError(
-                f'it does not fit {type(module).__name__}: {"; ".join(match.problems)}{named}'
-            )
+            name = type(module).__name__
+            raise ValueError(f'it does not fit {name}: {match.explanation}{named}')
 
 
 def _name_foreign(key: str, rules: list[Rule]) -> str:
@@ -265,18 +259,22 @@ def _check_duplicates(
         raise ValueError(f'{key} is not the {name} that we compute for {grid[0]}x{grid[1]} patches')
 
 
-def name_output(out: str | Path, source: Path, part: str, suffix: str) -> Path:
+def part_of(state: dict[str, Tensor]) -> str:
+    """Return 'encoder' if nothing else is in it, 'full' otherwise."""
+    return 'encoder' if all(key.startswith('backbone.') for key in state) else 'full'
+
+
+def name_output(out: str | Path, source: Path, state: dict[str, Tensor], suffix: str) -> Path:
     """Return the path to write: named after ``out``, or after the source if that is a folder.
 
     Args:
         out: As the user named it.
         source: The file that was read.
-        part: The name ends in it.
+        state: Our weights; the name ends in what part of a model they are.
         suffix: Of the file; '' if a folder is written.
     """
-    out = Path(out).expanduser()
+    out, ending = Path(out).expanduser(), f'_{part_of(state)}'
     if suffix and out.is_dir():
         out = out / source.stem
-    stem = out.name.removesuffix(suffix)
     out.parent.mkdir(parents=True, exist_ok=True)
-    return out.with_name((stem if stem.endswith(f'_{part}') else f'{stem}_{part}') + suffix)
+    return out.with_name(out.name.removesuffix(suffix).removesuffix(ending) + ending + suffix)

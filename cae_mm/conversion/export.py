@@ -4,22 +4,21 @@ Before anything is written, the other project's own network is filled with the w
 give the same features on a test image.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cae_mm.checkpoints import Checkpoint, EncoderDescription, read_checkpoint
-from cae_mm.checkpoints.pretrained import find_file
+from cae_mm.checkpoints.pretrained import find_file, strip_prefix
 from cae_mm.conversion.convert import PARTS, name_output, translate
-from cae_mm.conversion.rules import Row, Translation, to_foreign
+from cae_mm.conversion.rules import Row, to_foreign
 from cae_mm.conversion.sizes import OUR_HEADS, describe_weights, fixed_tensors, resolve_heads
 from cae_mm.conversion.sources import INDEX, OFFICIAL, OFFICIAL_FINETUNED, TABLE
-from cae_mm.conversion.targets import TARGETS, Target
+from cae_mm.conversion.targets import TARGETS, Network, Target
 from cae_mm.models import build_encoder
 from cae_mm.patches import grid_of, to_pair
 
@@ -84,23 +83,30 @@ def export_checkpoint(
     file = read_checkpoint(path)
     remarks: list[str] = []
     size = None if img_size is None else to_pair(img_size)
-    if file.description is None:
-        description = _assume(file, num_heads, size, pooled, remarks)
+    description = file.description or _assume(file, num_heads, size, pooled, remarks)
+    for name, given in dict(num_heads=num_heads, img_size=size, pooled_norm=pooled).items():
+        told = getattr(description, name)
+        if given not in (None, told):
+            raise ValueError(f'{path} tells {name}={told}, not {given}: leave the option out')
+    if part == 'encoder':
+        places: tuple[str, ...] = ('backbone',)
+    elif target == 'official':
+        places = ('backbone', 'neck' if 'neck.mask_token' in file.state else 'head')
     else:
-        description = file.description
-        _check_options(description, path, num_heads=num_heads, img_size=size, pooled_norm=pooled)
-    state, rows = _select(file.state, ('backbone',) if part == 'encoder' else _parts(target, file))
-    part = 'encoder' if all(key.startswith('backbone.') for key in state) else 'full'
-    suffix = '.pth' if target == 'official' else TARGETS[target].suffix
+        places = TARGETS[target].places
+    state = {k: v for k, v in file.state.items() if k.split('.')[0] in places}
+    left = Counter(k.split('.')[0] for k in file.state if k not in state)
     try:
         if target == 'official':
-            result, errors, write = _to_official(state, description)
+            rows, errors, write = _to_official(state, description)
         else:
-            result, errors, write = _to_network(TARGETS[target], state, description)
+            rows, errors, write = _to_network(TARGETS[target], state, description)
     except ValueError as error:
         raise ValueError(f'{path} cannot be exported to {target}: {error}') from error
-    place = name_output(out, path, part, suffix)
-    return Export(place, result.rows + rows, remarks, errors, write(place))
+    rows += [Row('(left out)', f'{k}.{{rest}}', n, 'not exported') for k, n in left.items()]
+    suffix = '.pth' if target == 'official' else TARGETS[target].suffix
+    place = name_output(out, path, state, suffix)
+    return Export(place, rows, remarks, errors, write(place))
 
 
 def _assume(
@@ -141,75 +147,42 @@ def _assume(
         raise ValueError(f'{file.path} cannot be exported: {error}') from error
 
 
-def _check_options(description: EncoderDescription, path: Path, **options: Any) -> None:
-    """Refuse options that contradict the file."""
-    for name, given in options.items():
-        told = getattr(description, name)
-        if given not in (None, told):
-            raise ValueError(f'{path} tells {name}={told}, not {given}: leave the option out')
-
-
-def _parts(target: str, file: Checkpoint) -> tuple[str, ...]:
-    if target != 'official':
-        return TARGETS[target].parts
-    return ('backbone', 'neck') if 'neck.mask_token' in file.state else ('backbone', 'head')
-
-
-def _select(
-    state: dict[str, Tensor], parts: tuple[str, ...]
-) -> tuple[dict[str, Tensor], list[Row]]:
-    """Keep ``parts``, and make a row of the report for each other one."""
-    kept = {k: v for k, v in state.items() if k.split('.')[0] in parts}
-    left = [k.split('.')[0] for k in state if k not in kept]
-    return kept, [
-        Row('(left out)', f'{name}.{{rest}}', left.count(name), 'not exported')
-        for name in dict.fromkeys(left)
-    ]
-
-
 def _to_network(
     target: Target, state: dict[str, Tensor], description: EncoderDescription
-) -> tuple[Translation, dict[torch.dtype, float], Callable[[Path], str]]:
+) -> tuple[list[Row], dict[torch.dtype, float], Callable[[Path], str]]:
     """Fill the other project's network, compare features, and return how it is written."""
     if target.needs_norm and not description.final_norm:
         raise ValueError(
             'it has no final norm (it is of dense prediction), the network there always does'
         )
     classes = len(state['head.fc.weight']) if 'head.fc.weight' in state else 0
-    network = target.build(description, classes).eval()
-    result = to_foreign(state, fixed_tensors(description), target.rules, description.pooled_norm)
-    other = network.state_dict()
+    network = target.build(description, classes)
+    network.module.eval()
+    computed = fixed_tensors(description)
+    result = to_foreign(state, computed, target.rules, description.pooled_norm)
+    other = network.module.state_dict()
     # the index of relative positions is stored by some versions only
     weights = {k: v for k, v in result.state.items() if k in other or not k.endswith(INDEX)}
-    network.load_state_dict(weights)
+    network.module.load_state_dict(weights)
     ours = build_encoder(description).eval()
-    ours.load_state_dict(
-        {k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')}
-    )
-    errors = compare_features(ours, network, target, description)
-    network.float().load_state_dict(weights)  # undo the rounding of the comparison
-    return result, errors, partial(target.write, network)
+    ours.load_state_dict(strip_prefix(state, 'backbone.'))
+    errors = _compare_features(ours, network, (description.in_channels, *description.img_size))
+    network.module.float().load_state_dict(weights)  # undo the rounding of the comparison
+    return result.rows, errors, network.write
 
 
 @torch.no_grad()
-def compare_features(
-    ours: nn.Module, other: nn.Module, target: Target, description: EncoderDescription
+def _compare_features(
+    ours: nn.Module, other: Network, shape: tuple[int, ...]
 ) -> dict[torch.dtype, float]:
-    """Compare both networks on a seeded random image, in float64 and float32.
-
-    Returns:
-        The largest difference over the largest feature, by precision.
-
-    Raises:
-        RuntimeError: If it is above ``TOLERANCES``.
-    """
+    """Compare the largest difference on a seeded random image with ``TOLERANCES``."""
     generator = torch.Generator().manual_seed(0)
-    shape = (1, description.in_channels, *description.img_size)
-    images = torch.randn(shape, generator=generator, dtype=torch.float64)
+    images = torch.randn((1, *shape), generator=generator, dtype=torch.float64)
     errors = {}
     for dtype, tolerance in TOLERANCES.items():
         expected = ours.to(dtype)(images.to(dtype))[0]
-        actual = target.features(other.to(dtype), images.to(dtype), description.pooled_norm)
+        other.module.to(dtype)
+        actual = other.features(images.to(dtype))
         errors[dtype] = ((actual - expected).abs().max() / expected.abs().max()).item()
         if not errors[dtype] <= tolerance:
             raise RuntimeError(
@@ -223,25 +196,22 @@ def compare_features(
 
 def _to_official(
     state: dict[str, Tensor], description: EncoderDescription
-) -> tuple[Translation, dict[torch.dtype, float], Callable[[Path], str]]:
+) -> tuple[list[Row], dict[torch.dtype, float], Callable[[Path], str]]:
     """Give weights the official names, and check that the way back gives the same."""
-    has_neck = 'neck.mask_token' in state
+    neck_width = state['neck.mask_token'].shape[-1] if 'neck.mask_token' in state else None
     finetuned = 'head.fc.weight' in state or description.pooled_norm
-    neck_width = state['neck.mask_token'].shape[-1] if has_neck else None
-    result = to_foreign(
-        state,
-        fixed_tensors(description, neck_width),
-        OFFICIAL_FINETUNED if finetuned else OFFICIAL,
-        description.pooled_norm,
-    )
-    if not has_neck and not finetuned:
-        result.state = {k: v for k, v in result.state.items() if k.startswith('encoder.')}
-    back = translate(result.state, 'official', num_heads=description.num_heads).state
+    rules = OFFICIAL_FINETUNED if finetuned else OFFICIAL
+    computed = fixed_tensors(description, neck_width)
+    result = to_foreign(state, computed, rules, description.pooled_norm)
+    weights = result.state
+    if neck_width is None and not finetuned:
+        weights = {k: v for k, v in weights.items() if k.startswith('encoder.')}
+    back = translate(weights, 'official', num_heads=description.num_heads).state
     if back.keys() != state.keys() or any(not torch.equal(back[k], state[k]) for k in state):
         raise RuntimeError('the way back from official names gives other weights')
-    return result, {}, partial(_write_official, result.state)
 
+    def write(place: Path) -> str:
+        torch.save({'model': weights}, place)
+        return f'--finetune {place}, --model_key model (official run_class_finetuning.py)'
 
-def _write_official(state: dict[str, Tensor], place: Path) -> str:
-    torch.save({'model': state}, place)
-    return f'--finetune {place}, --model_key model (official run_class_finetuning.py)'
+    return result.rows, {}, write
