@@ -1,6 +1,7 @@
 """Bring weights of other projects in: read, translate by rules, check, write."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,25 +13,13 @@ from cae_mm.checkpoints import EncoderDescription, read_state_dict
 from cae_mm.checkpoints.files import write_safetensors
 from cae_mm.checkpoints.pretrained import compare_keys, guess_source, name_some, strip_prefix
 from cae_mm.conversion.paddle import SUFFIXES, read_paddle
-from cae_mm.conversion.rules import (
-    LeaveOut,
-    Move,
-    Row,
-    Rule,
-    Translation,
-    count_blocks,
-    match_key,
-    to_ours,
-)
+from cae_mm.conversion.rules import LeaveOut, Move, Row, Rule, Translation, count_blocks, to_ours
 from cae_mm.conversion.sizes import (
-    DECODER_HEADS,
-    HEADS,
     describe_weights,
     find_grids,
     fixed_tensors,
     position_tolerance,
     read_neck_sizes,
-    resolve_heads,
 )
 from cae_mm.conversion.sources import SOURCES, table_for
 from cae_mm.models import CAENeck, build_encoder
@@ -176,18 +165,17 @@ def translate(
     if part == 'full' and part_of(ours) == 'encoder':
         raise ValueError("it holds an encoder only: leave out part='full'")
     remarks = _complete(ours)
-    grid, pretrain_grid = find_grids(translated.checks)
     description = describe_weights(
         ours,
-        num_heads=resolve_heads(ours, num_heads, HEADS[source], remarks),
-        grid=grid,
-        pretrain_grid=pretrain_grid,
+        source=source,
+        num_heads=num_heads,
+        grids=find_grids(translated.checks),
         pooled_norm=bool(translated.pooled),
+        remarks=remarks,
     )
-    neck = None
-    if any(key.startswith('neck.') for key in ours):
-        default = DECODER_HEADS.get(source, description.num_heads)
-        neck = read_neck_sizes(ours, description.embed_dims, decoder_heads, default, remarks)
+    neck = read_neck_sizes(
+        ours, description, source=source, num_heads=decoder_heads, remarks=remarks
+    )
     _check_fit(ours, description, neck, rules)
     _check_duplicates(translated, description, neck)
     return Conversion(ours, source, description, neck, translated.rows, remarks)
@@ -232,11 +220,8 @@ def _check_fit(
 
 
 def _name_foreign(key: str, rules: list[Rule]) -> str:
-    for rule in rules:
-        values = match_key(rule.ours, key) if isinstance(rule, Move) else None
-        if values is not None:
-            return rule.foreign.format(**values)
-    return key
+    names = (rule.foreign_keys(key) for rule in rules if isinstance(rule, Move))
+    return next((' + '.join(some) for some in names if some), key)
 
 
 def _check_duplicates(
@@ -249,12 +234,12 @@ def _check_duplicates(
         if expected is None:
             raise ValueError(f'{key} without the relative position tables it belongs to')
         same_shape = tensor.shape == expected.shape
-        difference = (tensor - expected).abs().max().item() if same_shape else 'its shape'
-        tolerance = position_tolerance(tensor) if ours.endswith('positions') else 0
-        if isinstance(difference, float | int) and difference <= tolerance:
+        error = (tensor - expected).abs().max().item() if same_shape else math.inf
+        if error <= (position_tolerance(tensor) if ours.endswith('positions') else 0):
             continue
         if ours in translated.state:
-            raise ValueError(f'{key} must be the same as {ours}, but differs by {difference}')
+            by = error if same_shape else 'its shape'
+            raise ValueError(f'{key} must be the same as {ours}, but differs by {by}')
         name, grid = ours.split('.')[-1], grid_of(description.img_size, description.patch_size)
         raise ValueError(f'{key} is not the {name} that we compute for {grid[0]}x{grid[1]} patches')
 

@@ -16,7 +16,7 @@ from cae_mm.checkpoints import Checkpoint, EncoderDescription, read_checkpoint
 from cae_mm.checkpoints.pretrained import find_file, strip_prefix
 from cae_mm.conversion.convert import PARTS, name_output, translate
 from cae_mm.conversion.rules import Row, to_foreign
-from cae_mm.conversion.sizes import OUR_HEADS, describe_weights, fixed_tensors, resolve_heads
+from cae_mm.conversion.sizes import describe_weights, fixed_tensors
 from cae_mm.conversion.sources import INDEX, OFFICIAL, OFFICIAL_FINETUNED, TABLE
 from cae_mm.conversion.targets import TARGETS, Network, Target
 from cae_mm.models import build_encoder
@@ -121,28 +121,28 @@ def _assume(
     Raises:
         ValueError: If the file has no encoder, or its number of heads cannot be told.
     """
-    tables = any(key.endswith(TABLE) for key in file.state)
+    for key in ('backbone.cls_token', 'backbone.patch_embed.proj.weight'):
+        if key not in file.state:
+            raise ValueError(
+                f'{file.path} is no checkpoint of this project: it has no {key!r}. Weights of '
+                'others are brought in with tools/convert_checkpoint.py'
+            )
     if img_size is None:
         remarks.append('pictures of 224x224 pixels assumed: --img-size')
     if pooled is None:
-        how = 'the mean of the patch tokens' if tables else 'each token'
+        pooled = any(key.endswith(TABLE) for key in file.state)
+        how = 'the mean of the patch tokens' if pooled else 'each token'
         remarks.append(f'the final norm is assumed to be applied to {how}: --pool')
+    patch_size = file.state['backbone.patch_embed.proj.weight'].shape[-1]
     try:
-        heads = resolve_heads(file.state, num_heads, OUR_HEADS, remarks)
-        patch_size = file.state['backbone.patch_embed.proj.weight'].shape[-1]
-        grid = grid_of(img_size or (224, 224), patch_size)
         return describe_weights(
             file.state,
-            num_heads=heads,
-            grid=grid,
-            pretrain_grid=grid,
-            pooled_norm=tables if pooled is None else pooled,
+            source='',
+            num_heads=num_heads,
+            grids=(grid_of(img_size or (224, 224), patch_size),) * 2,
+            pooled_norm=pooled,
+            remarks=remarks,
         )
-    except KeyError as error:
-        raise ValueError(
-            f'{file.path} is no checkpoint of this project: it has no {error}. Weights of others '
-            'are brought in with tools/convert_checkpoint.py'
-        ) from error
     except ValueError as error:
         raise ValueError(f'{file.path} cannot be exported: {error}') from error
 

@@ -36,6 +36,11 @@ class Rule:
     note: str = ''
     pooled: bool | None = None
 
+    def foreign_keys(self, key: str) -> list[str]:
+        """Their keys whose tensors make up our ``key``; none if the rule is about other keys."""
+        values = _match(self.ours, key)
+        return [] if values is None else [t.format(**values) for t in self.foreign.split(' + ')]
+
 
 class Move(Rule):
     """Their tensor is ours, under another name."""
@@ -89,7 +94,7 @@ def _regex(template: str) -> re.Pattern[str]:
     return re.compile(''.join(pattern))
 
 
-def match_key(template: str, key: str) -> dict[str, str] | None:
+def _match(template: str, key: str) -> dict[str, str] | None:
     """Return the values of the placeholders if ``key`` is of the form ``template``."""
     match = _regex(template).fullmatch(key)
     return match.groupdict() if match else None
@@ -131,7 +136,7 @@ def _take(rule: Rule, left: dict[str, Tensor]) -> Iterator[tuple[str, str, Tenso
     """Take what a rule names out of ``left``: first key of theirs, key of ours, and tensor."""
     templates = rule.foreign.split(' + ')
     for key in list(left):
-        values = next((v for t in templates if (v := match_key(t, key)) is not None), None)
+        values = next((v for t in templates if (v := _match(t, key)) is not None), None)
         if values is None or key not in left:  # or taken together with another
             continue
         keys = [template.format(**values) for template in templates]
@@ -162,13 +167,12 @@ def to_foreign(
         shared = '{i}' in rule.ours and '{i}' not in rule.foreign
         if shared or rule.pooled not in (None, pooled):
             continue
-        templates = rule.foreign.split(' + ')
         written: dict[str, Tensor] = {}
         for key, tensor in (state | computed).items():
-            if (values := match_key(rule.ours, key)) is not None:
+            if names := rule.foreign_keys(key):
                 unknown.discard(key)
-                parts = zip(templates, tensor.chunk(len(templates)), strict=True)
-                written |= {t.format(**values): part.clone() for t, part in parts}
+                parts = zip(names, tensor.chunk(len(names)), strict=True)
+                written |= {name: part.clone() for name, part in parts}
         result.state |= written
         result.report(rule, len(written))
     if unknown:

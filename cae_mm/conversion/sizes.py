@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cae_mm.checkpoints import EncoderDescription
 from cae_mm.conversion.rules import count_blocks
-from cae_mm.conversion.sources import INDEX, SOURCES, TABLE
+from cae_mm.conversion.sources import INDEX, TABLE
 from cae_mm.models.positions import SinCosPositions, relative_position_index
 from cae_mm.models.vit import ARCHS
 from cae_mm.patches import Grid, grid_of
@@ -17,7 +17,7 @@ from cae_mm.patches import Grid, grid_of
 # values per head, the official models (and PASSL's, which follow them) 12 heads up to width 768.
 OUR_HEADS = {arch['embed_dims']: arch['num_heads'] for arch in ARCHS.values()}
 OFFICIAL_HEADS = OUR_HEADS | {192: 12, 384: 12}
-HEADS = dict.fromkeys(SOURCES, OUR_HEADS) | dict.fromkeys(('official', 'passl'), OFFICIAL_HEADS)
+HEADS = {'official': OFFICIAL_HEADS, 'passl': OFFICIAL_HEADS}
 # official fine-tuning without relative position bias looks as timm's: assume what both agree on
 HEADS['timm'] = {D: n for D, n in OUR_HEADS.items() if OFFICIAL_HEADS[D] == n}
 # the option for the decoder's heads never reaches the official model, which has 12 at any width
@@ -27,12 +27,27 @@ CPU = torch.device('cpu')
 
 
 def describe_weights(
-    state: dict[str, Tensor], *, num_heads: int, grid: Grid, pretrain_grid: Grid, pooled_norm: bool
+    state: dict[str, Tensor],
+    *,
+    source: str,
+    num_heads: int | None,
+    grids: tuple[Grid, Grid],
+    pooled_norm: bool,
+    remarks: list[str],
 ) -> EncoderDescription:
-    """Read widths and depth from shapes.
+    """Describe an encoder by its shapes and by what no shape tells.
+
+    Args:
+        state: Weights under our names.
+        source: The project that they come from, '' is this one.
+        num_heads: If it is known; the number of relative position tables or of published weights
+            otherwise.
+        grids: Patches of the images, and those of pretraining.
+        pooled_norm: Whether the final norm is applied to the mean of the patch tokens.
+        remarks: What is assumed is added.
 
     Raises:
-        ValueError: If there is no encoder.
+        ValueError: If there is no encoder, or its number of heads is unknown or contradictory.
     """
     try:
         width = state['backbone.cls_token'].shape[-1]
@@ -40,7 +55,26 @@ def describe_weights(
         hidden = len(state['backbone.blocks.0.mlp.fc1.weight'])
     except KeyError as error:
         raise ValueError(f'it has no {error}') from error
+    table = next((table for key, table in state.items() if key.endswith(TABLE)), None)
+    if table is not None and num_heads not in (None, table.shape[1]):
+        raise ValueError(
+            f'it has relative position tables of {table.shape[1]} heads, not {num_heads}'
+        )
+    if table is not None:
+        num_heads = table.shape[1]
+    elif num_heads is None:
+        num_heads = HEADS.get(source, OUR_HEADS).get(width)
+        if num_heads is None:
+            raise ValueError(
+                f'it does not tell the number of heads, and width {width} is none that was '
+                'published: give --num-heads'
+            )
+        remarks.append(
+            f'{num_heads} heads assumed, as published for width {width}: the file does not tell, '
+            '--num-heads does'
+        )
     p = patch.shape[-1]
+    img_size, pretrain_img_size = ((rows * p, columns * p) for rows, columns in grids)
     return EncoderDescription(
         embed_dims=width,
         depth=count_blocks(state),
@@ -48,41 +82,12 @@ def describe_weights(
         mlp_ratio=hidden / width,
         patch_size=p,
         in_channels=patch.shape[1],
-        img_size=(grid[0] * p, grid[1] * p),
-        pretrain_img_size=(pretrain_grid[0] * p, pretrain_grid[1] * p),
-        use_rel_pos_bias=any(key.endswith(TABLE) for key in state),
+        img_size=img_size,
+        pretrain_img_size=pretrain_img_size,
+        use_rel_pos_bias=table is not None,
         final_norm='backbone.norm.weight' in state,
         pooled_norm=pooled_norm,
     )
-
-
-def resolve_heads(
-    state: dict[str, Tensor], given: int | None, published: dict[int, int], remarks: list[str]
-) -> int:
-    """Return the encoder's number of heads: of relative position tables, else given or published.
-
-    Raises:
-        ValueError: If nothing tells, or what is given contradicts the tables.
-    """
-    tables = [table for key, table in state.items() if key.endswith(TABLE)]
-    if tables:
-        heads = tables[0].shape[1]
-        if given not in (None, heads):
-            raise ValueError(f'it has relative position tables of {heads} heads, not {given}')
-        return heads
-    if given is not None:
-        return given
-    width = state['backbone.cls_token'].shape[-1]
-    if width not in published:
-        raise ValueError(
-            f'it does not tell the number of heads, and width {width} is none that was published: '
-            'give --num-heads'
-        )
-    remarks.append(
-        f'{published[width]} heads assumed, as published for width {width}: the file does not '
-        'tell, --num-heads does'
-    )
-    return published[width]
 
 
 def find_grids(checks: dict[str, tuple[str, Tensor]]) -> tuple[Grid, Grid]:
@@ -143,20 +148,27 @@ def position_tolerance(table: Tensor) -> float:
 
 
 def read_neck_sizes(
-    state: dict[str, Tensor], in_dims: int, num_heads: int | None, default: int, remarks: list[str]
-) -> dict[str, Any]:
-    """Read the arguments of ``CAENeck`` from shapes.
+    state: dict[str, Tensor],
+    encoder: EncoderDescription,
+    *,
+    source: str,
+    num_heads: int | None,
+    remarks: list[str],
+) -> dict[str, Any] | None:
+    """Read the arguments of ``CAENeck`` from shapes, None if there is no neck.
 
     Args:
-        state: Weights.
-        in_dims: The encoder's width.
+        state: Weights under our names.
+        encoder: The one that it belongs to.
+        source: See ``describe_weights``.
         num_heads: Heads of regressor and decoder, if they are known.
-        default: Their number otherwise, said in ``remarks``.
         remarks: What is assumed is added.
 
     Raises:
-        ValueError: If there is no neck, or the heads do not divide the width.
+        ValueError: If the neck is incomplete, or the heads do not divide the width.
     """
+    if not any(key.startswith('neck.') for key in state):
+        return None
     try:
         width = state['neck.mask_token'].shape[-1]
         hidden = len(state['neck.regressor.0.mlp.fc1.weight'])
@@ -164,7 +176,7 @@ def read_neck_sizes(
     except KeyError as error:
         raise ValueError(f'it has no {error}') from error
     if num_heads is None:
-        num_heads = default
+        num_heads = DECODER_HEADS.get(source, encoder.num_heads)
         remarks.append(
             f'{num_heads} heads of regressor and decoder assumed: the file does not tell, '
             '--decoder-heads does'
@@ -172,7 +184,7 @@ def read_neck_sizes(
     if width % num_heads:
         raise ValueError(f'{num_heads} heads do not divide width {width}: --decoder-heads')
     return {
-        'in_dims': in_dims,
+        'in_dims': encoder.embed_dims,
         'embed_dims': width,
         'num_heads': num_heads,
         'regressor_depth': count_blocks(state, 'neck.regressor.'),
