@@ -1,7 +1,7 @@
 """Reading, writing and loading weights: strictly, and without ever running code from a file."""
 
 from cae_mm.checkpoints.description import EncoderDescription
-from cae_mm.checkpoints.files import Checkpoint, read_checkpoint, read_description, read_state_dict
+from cae_mm.checkpoints.files import Checkpoint, read_checkpoint
 from cae_mm.checkpoints.pretrained import PretrainedModule, load_pretrained
 from cae_mm.checkpoints.unpickler import read_plain_pickle
 
@@ -11,7 +11,5 @@ __all__ = [
     'PretrainedModule',
     'load_pretrained',
     'read_checkpoint',
-    'read_description',
     'read_plain_pickle',
-    'read_state_dict',
 ]

@@ -73,16 +73,6 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise ValueError(f'{path} is no complete safetensors file: {error}') from error
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a file as ``read_checkpoint`` does."""
-    return read_checkpoint(path).state
-
-
-def read_description(path: str | Path) -> EncoderDescription | None:
-    """Read the description of a file's encoder, None if the file does not tell."""
-    return read_checkpoint(path).description
-
-
 def write_safetensors(
     path: Path, state: dict[str, Tensor], metadata: dict[str, Any] | None = None
 ) -> None:

@@ -227,13 +227,13 @@ def read_plain_pickle(path: Path, known: Mapping[str, Any] | None = None) -> Any
     Raises:
         ValueError: If the file refers to anything else (the message names it), or is broken.
     """
-    formats = {b'PK\x03\x04': _read_zip} | dict.fromkeys(MAGIC, _read_old_format)
     with refusing(path), path.open('rb') as file:
-        start = file.read(max(map(len, formats)))
+        start = file.read(max(map(len, MAGIC)))
         file.seek(0)
-        for magic, read in formats.items():
-            if start.startswith(magic):
-                return read(file, known)
+        if start.startswith(b'PK\x03\x04'):
+            return _read_zip(file, known)
+        if start.startswith(MAGIC):
+            return _read_old_format(file, known)
         raise ValueError('it is no file that torch.save wrote')
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cae_mm.checkpoints import EncoderDescription, read_state_dict
+from cae_mm.checkpoints import EncoderDescription, read_checkpoint
 from cae_mm.checkpoints.files import write_safetensors
 from cae_mm.checkpoints.pretrained import compare_keys, guess_source, name_some, strip_prefix
 from cae_mm.conversion.paddle import SUFFIXES, read_paddle
@@ -112,7 +112,7 @@ def read_foreign(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.suffix in SUFFIXES and path.is_file():
         return read_paddle(path), {'source': 'passl'}
     if path.is_file():
-        return read_state_dict(path), {}
+        return read_checkpoint(path).state, {}
     weights, config = path / 'model.safetensors', path / 'config.json'
     if not (weights.is_file() and config.is_file()):
         raise FileNotFoundError(
@@ -122,13 +122,13 @@ def read_foreign(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     content = json.loads(config.read_text())
     if 'architecture' in content:
         heads = content.get('model_args', {}).get('num_heads')
-        return read_state_dict(weights), {'source': 'timm', 'num_heads': heads}
+        return read_checkpoint(weights).state, {'source': 'timm', 'num_heads': heads}
     ours = {'model_type': 'beit', 'layer_norm_eps': 1e-6, 'hidden_act': 'gelu'}
     other = {k: content.get(k) for k, v in ours.items() if content.get(k) != v}
     if other:
         raise ValueError(f'{config} has {other}, a CAEViT has {ours}: their features would differ')
     heads = content['num_attention_heads']
-    return read_state_dict(weights), {'source': 'huggingface', 'num_heads': heads}
+    return read_checkpoint(weights).state, {'source': 'huggingface', 'num_heads': heads}
 
 
 def translate(

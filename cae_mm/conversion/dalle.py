@@ -8,15 +8,14 @@ References:
     The pickled classes: https://github.com/openai/DALL-E/tree/master/dall_e
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cae_mm.checkpoints.files import write_safetensors
-from cae_mm.checkpoints.pretrained import compare_keys
+from cae_mm.checkpoints.pretrained import compare_keys, strip_prefix
 from cae_mm.checkpoints.unpickler import Shell, read_plain_pickle
 from cae_mm.models.targets import DALLEDecoder, DALLEEncoder
 
@@ -36,21 +35,13 @@ CLASSES = (
 )
 
 
-@dataclass(frozen=True)
-class DALLEConversion:
-    """What came out.
+class DALLEConversion(NamedTuple):
+    """What came out."""
 
-    Attributes:
-        part: 'encoder' or 'decoder'.
-        sizes: The arguments that build the network.
-        state: Its weights.
-        path: The file written.
-    """
-
-    part: str
-    sizes: dict[str, int]
+    part: str  # 'encoder' or 'decoder'
+    sizes: dict[str, int]  # the arguments that build the network
     state: dict[str, Tensor]
-    path: Path
+    path: Path  # the file written
 
 
 def convert_dalle(source: Path, out_dir: Path) -> DALLEConversion:
@@ -67,9 +58,9 @@ def convert_dalle(source: Path, out_dir: Path) -> DALLEConversion:
             network = NETWORKS[part](**sizes)
     except (ArithmeticError, KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f'{source} holds no DALL-E network: {error!r}') from error
-    problems = compare_keys(network.state_dict(), state).problems
-    if problems:
-        raise ValueError(f'{source} is no DALL-E {part}: {"; ".join(problems)}')
+    match = compare_keys(network.state_dict(), state)
+    if match.problems:
+        raise ValueError(f'{source} is no DALL-E {part}: {match.explanation}')
     path = out_dir / f'dalle_{part}.safetensors'
     write_safetensors(path, state)
     return DALLEConversion(part, sizes, state, path)
@@ -88,8 +79,7 @@ def read_dalle(path: Path) -> dict[str, Tensor]:
         content = content.get('state_dict', content.get('model', content))
         first = 'blocks.input.w'
         (prefix,) = [k.removesuffix(first) for k in content if k.endswith(first)]
-        inside = {k.removeprefix(prefix): v for k, v in content.items() if k.startswith(prefix)}
-        return {k: v.contiguous().clone() for k, v in inside.items()}
+        return {k: v.contiguous().clone() for k, v in strip_prefix(content, prefix).items()}
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f'{path} holds no DALL-E encoder or decoder') from error
 

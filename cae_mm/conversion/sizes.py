@@ -40,8 +40,7 @@ def describe_weights(
     Args:
         state: Weights under our names.
         source: The project that they come from, '' is this one.
-        num_heads: If it is known; the number of relative position tables or of published weights
-            otherwise.
+        num_heads: If it is known; else that of relative position tables or of published weights.
         grids: Patches of the images, and those of pretraining.
         pooled_norm: Whether the final norm is applied to the mean of the patch tokens.
         remarks: What is assumed is added.
@@ -55,46 +54,49 @@ def describe_weights(
         hidden = len(state['backbone.blocks.0.mlp.fc1.weight'])
     except KeyError as error:
         raise ValueError(f'it has no {error}') from error
-    table = next((table for key, table in state.items() if key.endswith(TABLE)), None)
-    if table is not None and num_heads not in (None, table.shape[1]):
-        raise ValueError(
-            f'it has relative position tables of {table.shape[1]} heads, not {num_heads}'
-        )
-    if table is not None:
-        num_heads = table.shape[1]
-    elif num_heads is None:
-        num_heads = HEADS.get(source, OUR_HEADS).get(width)
-        if num_heads is None:
-            raise ValueError(
-                f'it does not tell the number of heads, and width {width} is none that was '
-                'published: give --num-heads'
-            )
-        remarks.append(
-            f'{num_heads} heads assumed, as published for width {width}: the file does not tell, '
-            '--num-heads does'
-        )
+    tables = [table for key, table in state.items() if key.endswith(TABLE)]
     p = patch.shape[-1]
     img_size, pretrain_img_size = ((rows * p, columns * p) for rows, columns in grids)
     return EncoderDescription(
         embed_dims=width,
         depth=count_blocks(state),
-        num_heads=num_heads,
+        num_heads=_resolve_heads(width, tables, num_heads, source, remarks),
         mlp_ratio=hidden / width,
         patch_size=p,
         in_channels=patch.shape[1],
         img_size=img_size,
         pretrain_img_size=pretrain_img_size,
-        use_rel_pos_bias=table is not None,
+        use_rel_pos_bias=bool(tables),
         final_norm='backbone.norm.weight' in state,
         pooled_norm=pooled_norm,
     )
 
 
+def _resolve_heads(
+    width: int, tables: list[Tensor], given: int | None, source: str, remarks: list[str]
+) -> int:
+    if tables:
+        heads = tables[0].shape[1]
+        if given not in (None, heads):
+            raise ValueError(f'it has relative position tables of {heads} heads, not {given}')
+        return heads
+    if given is not None:
+        return given
+    published = HEADS.get(source, OUR_HEADS).get(width)
+    if published is None:
+        raise ValueError(
+            f'it does not tell the number of heads, and width {width} is none that was published: '
+            'give --num-heads'
+        )
+    remarks.append(
+        f'{published} heads assumed, as published for width {width}: the file does not tell, '
+        '--num-heads does'
+    )
+    return published
+
+
 def find_grids(checks: dict[str, tuple[str, Tensor]]) -> tuple[Grid, Grid]:
     """Find the grid whose sin-cos positions a file has, and that from which they are resized.
-
-    Args:
-        checks: See ``Translation``.
 
     Raises:
         ValueError: If there is none.

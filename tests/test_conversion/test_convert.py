@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from pickles import Call
 
-from cae_mm.checkpoints import EncoderDescription, read_checkpoint, read_description
+from cae_mm.checkpoints import EncoderDescription, read_checkpoint
 from cae_mm.checkpoints.pretrained import guess_source, load_pretrained
 from cae_mm.conversion import convert_checkpoint
 from cae_mm.models import CAENeck, build_encoder
@@ -448,7 +448,7 @@ def test_sizes_and_part_are_written_beside_the_weights(tmp_path):
     file = read_checkpoint(result.path)
     assert file.metadata.keys() == {'source', 'part', 'encoder'}
     assert (
-        read_description(result.path)
+        read_checkpoint(result.path).description
         == result.description
         == EncoderDescription(
             embed_dims=24,

@@ -11,7 +11,7 @@ import torch
 from mmengine.registry import MODELS
 
 import cae_mm.conversion.export as export_module
-from cae_mm.checkpoints import read_state_dict
+from cae_mm.checkpoints import read_checkpoint
 from cae_mm.checkpoints.files import write_safetensors
 from cae_mm.conversion import convert_checkpoint, export_checkpoint
 from cae_mm.conversion.convert import Conversion
@@ -46,7 +46,7 @@ def load_mmpretrain(usage, path):
 
     config = eval(usage.removeprefix('backbone='))  # what the tool prints for a config
     model = MODELS.build(config)
-    state = read_state_dict(path)
+    state = read_checkpoint(path).state
     model.load_state_dict(
         {k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')}
     )
@@ -142,7 +142,7 @@ def test_a_classifier_goes_with_its_head(tmp_path, target):
     if target == 'timm':
         assert torch.equal(model.head.weight, head['head.fc.weight'])
     else:
-        assert torch.equal(read_state_dict(result.path)['head.fc.bias'], head['head.fc.bias'])
+        assert torch.equal(read_checkpoint(result.path).state['head.fc.bias'], head['head.fc.bias'])
     alone = export_checkpoint(path, tmp_path / 'out', target, part='encoder', **OPTIONS)
     assert alone.path.name.startswith('out_encoder')
     assert [(row.ours, row.count) for row in alone.rows if row.foreign == '(left out)'] == [
@@ -166,7 +166,7 @@ def test_positions_resized_from_another_size_go_along(tmp_path):
     write_safetensors(tmp_path / 'a.safetensors', state, metadata)
     result = export_checkpoint(tmp_path / 'a.safetensors', tmp_path / 'b', 'mmpretrain')
     assert not result.remarks
-    table = read_state_dict(result.path)['backbone.pos_embed']
+    table = read_checkpoint(result.path).state['backbone.pos_embed']
     expected = model.positions((3, 5), torch.device('cpu'))
     assert torch.equal(table[0, 1:], expected) and not table[0, 0].any()
     pytest.importorskip('transformers')

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cae_mm.checkpoints import read_description
+from cae_mm.checkpoints import read_checkpoint
 from cae_mm.hooks import SafeLoadHook
 from cae_mm.models import CAEViT
 
@@ -183,7 +183,7 @@ def test_the_encoder_is_described_in_every_checkpoint(tmp_path, make_runner):
     )
     make_runner(model).train()
     path = tmp_path / 'work' / 'epoch_1.pth'
-    assert read_description(path) == replace(
+    assert read_checkpoint(path).description == replace(
         Toy().backbone.describe(), mean=(123.675, 2.0, 3.0), std=(1.0, 2.0, 3.0), to_rgb=True
     )
     message = 'epoch_1.pth was made with 2 heads, but the model has 4'

@@ -13,7 +13,7 @@ import torch
 from mmengine.config import Config
 from PIL import Image
 
-from cae_mm.checkpoints import read_state_dict
+from cae_mm.checkpoints import read_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = 'configs/demo/cae_demo.py'
@@ -86,7 +86,7 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(options, tmp_path, 
     assert len(before) == 4 * 3 and sorted(after) == sorted(before)[6:]
     assert all(after[step] == before[step] for step in after)
     assert len(set(before.values())) == len(before)
-    one, other = (read_state_dict(d / 'epoch_4.pth') for d in (tmp_path / 'whole', second))
+    one, other = (read_checkpoint(d / 'epoch_4.pth').state for d in (tmp_path / 'whole', second))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
 
