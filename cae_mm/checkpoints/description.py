@@ -13,49 +13,31 @@ KEY = 'cae_mm'  # in the meta of a checkpoint and in the header of a safetensors
 
 @dataclass(frozen=True)
 class EncoderDescription:
-    """Sizes of a ``CAEViT``, and how the images that it was trained on were made.
+    """Sizes of a ``CAEViT``, and how the images that it was trained on were made."""
 
-    Attributes:
-        embed_dims: Width D.
-        depth: Number of blocks.
-        num_heads: Number of attention heads.
-        mlp_ratio: Hidden width of the MLPs over the width.
-        patch_size: Side of a patch in pixels.
-        in_channels: Channels of the images.
-        img_size: Height and width in pixels that relative position tables are made for.
-        pretrain_img_size: Height and width in pixels for which the fixed positions are exact.
-        use_rel_pos_bias: Whether blocks have relative position tables.
-        final_norm: Whether there is a final norm.
-        pooled_norm: Whether it is applied to the mean of the patch tokens (fine-tuning) rather than
-            to each token (pretraining).
-        mean: Per channel, in [0, 255], in the order that the encoder sees; None: not known.
-        std: Likewise.
-        to_rgb: Whether the encoder sees RGB (else BGR).
-    """
-
-    embed_dims: int
-    depth: int
+    embed_dims: int  # width D
+    depth: int  # number of blocks
     num_heads: int
-    mlp_ratio: float
-    patch_size: int
-    in_channels: int
-    img_size: tuple[int, int]
-    pretrain_img_size: tuple[int, int]
-    use_rel_pos_bias: bool
-    final_norm: bool
+    mlp_ratio: float  # hidden width of the MLPs over the width
+    patch_size: int  # side of a patch in pixels
+    in_channels: int  # of the images
+    img_size: tuple[int, int]  # height and width in pixels for relative position tables
+    pretrain_img_size: tuple[int, int]  # for which the fixed positions are exact
+    use_rel_pos_bias: bool  # whether blocks have relative position tables
+    final_norm: bool  # whether there is one
+    # whether it is applied to the mean of the patch tokens (fine-tuning) rather than to each token
     pooled_norm: bool
+    # of the images per channel, in [0, 255], in the order that the encoder sees; None: not known
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    to_rgb: bool = True
+    to_rgb: bool = True  # whether the encoder sees RGB (else BGR)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> 'EncoderDescription':
         """Read what ``to_dict`` made, lists for tuples as in JSON; unknown keys are left out."""
         known = {field.name for field in fields(cls)}
         values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in content.items()
-            if key in known
+            k: tuple(v) if isinstance(v, list) else v for k, v in content.items() if k in known
         }
         return cls(**values)
 

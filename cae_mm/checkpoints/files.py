@@ -15,17 +15,11 @@ from cae_mm.checkpoints.unpickler import read_plain_pickle
 
 @dataclass
 class Checkpoint:
-    """A file that was read.
-
-    Attributes:
-        path: Where it is.
-        content: What mmengine's Runner or another ``torch.save`` put there; of a safetensors file
-            what a Runner would have.
-        state: The weights: a nested ``state_dict`` (mmengine) or ``model`` (official code), or all.
-    """
+    """A file that was read, or what is to become one."""
 
     path: Path
-    content: Any
+    content: Any  # of torch.save; a safetensors file is given the form of a Runner's checkpoint
+    # the weights: a nested 'state_dict' (mmengine) or 'model' (official code), or all of it
     state: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -112,23 +112,14 @@ def find_file(checkpoint: str | Path, name: str, advice: str = '') -> Path:
 
 @dataclass(frozen=True)
 class KeyMatch:
-    """Which keys of a module a file fills.
+    """Which keys of a module a file fills."""
 
-    Attributes:
-        matched: Tensors whose shape is the same in both, to be loaded.
-        missing: Keys of the module that the file has not.
-        unexpected: Keys of the file that the module has not.
-        reshaped: Keys with another shape, with both shapes.
-        remarks: What was changed to make the weights fit.
-        cause: The likely one of a mismatch, '' if there is no guess.
-    """
-
-    matched: dict[str, Tensor]
-    missing: list[str]
-    unexpected: list[str]
-    reshaped: dict[str, str]
-    remarks: Sequence[str] = ()
-    cause: str = ''
+    matched: dict[str, Tensor]  # whose shape is the same in both, to be loaded
+    missing: list[str]  # keys of the module that the file has not
+    unexpected: list[str]  # keys of the file that the module has not
+    reshaped: dict[str, str]  # key -> both shapes, where they differ
+    remarks: Sequence[str] = ()  # what was changed to make the weights fit
+    cause: str = ''  # the likely one of a mismatch
 
     @property
     def problems(self) -> list[str]:

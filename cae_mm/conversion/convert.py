@@ -30,25 +30,15 @@ PARTS = ('encoder', 'full')
 
 @dataclass
 class Conversion:
-    """What came out.
+    """What came out."""
 
-    Attributes:
-        state: Weights under our names, the encoder under ``backbone.``.
-        source: The project that they come from.
-        description: Of the encoder.
-        neck: Arguments of ``CAENeck``, None without regressor and decoder.
-        rows: What became of each key.
-        remarks: What was assumed or added.
-        path: The file written, None if there is none.
-    """
-
-    state: dict[str, Tensor]
-    source: str
+    state: dict[str, Tensor]  # under our names, the encoder under 'backbone.'
+    source: str  # the project that it comes from
     description: EncoderDescription
-    neck: dict[str, Any] | None
-    rows: list[Row]
-    remarks: list[str]
-    path: Path | None = None
+    neck: dict[str, Any] | None  # arguments of CAENeck, None without regressor and decoder
+    rows: list[Row]  # what became of each key
+    remarks: list[str]  # what was assumed or added
+    path: Path | None = None  # the file written
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -86,7 +76,7 @@ def convert_checkpoint(
     path = Path(source_path).expanduser()
     if Path(out).suffix not in ('', '.safetensors'):
         raise ValueError(f'{out}: weights are written as .safetensors, name it so')
-    state, hints = read_foreign(path)
+    state, hints = _read_foreign(path)
     try:
         result = translate(
             state,
@@ -102,13 +92,8 @@ def convert_checkpoint(
     return result
 
 
-def read_foreign(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors of a file or folder, and what is known beside them: source, heads.
-
-    Raises:
-        FileNotFoundError: If it is neither.
-        ValueError: If it needs code to be run, or holds something else.
-    """
+def _read_foreign(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors of a file or folder, and what is known beside them: source, heads."""
     if path.suffix in SUFFIXES and path.is_file():
         return read_paddle(path), {'source': 'passl'}
     if path.is_file():

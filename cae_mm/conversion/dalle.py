@@ -51,7 +51,7 @@ def convert_dalle(source: Path, out_dir: Path) -> DALLEConversion:
         ValueError: If the file needs code to be run, or names or shapes are not those of a DALL-E
             encoder or decoder.
     """
-    state = read_dalle(source)
+    state = _read_dalle(source)
     try:
         part, sizes = read_sizes(state)
         with torch.device('meta'):  # no memory for weights
@@ -66,16 +66,12 @@ def convert_dalle(source: Path, out_dir: Path) -> DALLEConversion:
     return DALLEConversion(part, sizes, state, path)
 
 
-def read_dalle(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a pickled module or of a state dict, under the names of the module.
-
-    Raises:
-        ValueError: If the file is broken, would need code to be run, or is no DALL-E network.
-    """
+def _read_dalle(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a pickled module or of a state dict, under the names of the module."""
     content = read_plain_pickle(path, dict.fromkeys(CLASSES, Shell))
     try:
         if isinstance(content, Shell):
-            content = collect_tensors(content)
+            content = _collect_tensors(content)
         content = content.get('state_dict', content.get('model', content))
         first = 'blocks.input.w'
         (prefix,) = [k.removesuffix(first) for k in content if k.endswith(first)]
@@ -84,12 +80,12 @@ def read_dalle(path: Path) -> dict[str, Tensor]:
         raise ValueError(f'{path} holds no DALL-E encoder or decoder') from error
 
 
-def collect_tensors(module: Any, prefix: str = '') -> dict[str, Tensor]:
+def _collect_tensors(module: Any, prefix: str = '') -> dict[str, Tensor]:
     """Do what ``nn.Module.state_dict`` does, for shells."""
     attributes = vars(module)
     state = {prefix + k: v for k, v in attributes['_parameters'].items() if v is not None}
     for name, child in attributes['_modules'].items():
-        state |= collect_tensors(child, f'{prefix}{name}.')
+        state |= _collect_tensors(child, f'{prefix}{name}.')
     return state
 
 

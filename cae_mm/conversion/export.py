@@ -27,22 +27,15 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}  # of the largest value
 
 @dataclass
 class Export:
-    """What went out.
+    """What went out."""
 
-    Attributes:
-        path: The file or folder written.
-        rows: What became of each key.
-        remarks: What was assumed.
-        errors: Largest difference of features over the largest feature, by precision; empty where
-            the check is the way back instead ('official').
-        usage: How the other project loads it.
-    """
-
-    path: Path
-    rows: list[Row]
-    remarks: list[str]
+    path: Path  # the file or folder written
+    rows: list[Row]  # what became of each key
+    remarks: list[str]  # what was assumed
+    # largest difference of features over the largest feature, by precision; empty where the check
+    # is the way back instead ('official')
     errors: dict[torch.dtype, float]
-    usage: str
+    usage: str  # how the other project loads it
 
 
 def export_checkpoint(
@@ -116,11 +109,7 @@ def _assume(
     pooled: bool | None,
     remarks: list[str],
 ) -> EncoderDescription:
-    """Describe the encoder of a file that does not; adds remarks on what is assumed.
-
-    Raises:
-        ValueError: If the file has no encoder, or its number of heads cannot be told.
-    """
+    """Describe the encoder of a file that does not; adds remarks on what is assumed."""
     for key in ('backbone.cls_token', 'backbone.patch_embed.proj.weight'):
         if key not in file.state:
             raise ValueError(

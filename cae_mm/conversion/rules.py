@@ -66,18 +66,12 @@ class Row:
 
 @dataclass
 class Translation:
-    """What the rules make of a state dict.
-
-    Attributes:
-        state: The translated tensors.
-        checks: Key of theirs -> what must equal it, one of our keys or computed, and its tensor.
-        pooled: Whether the final norm is that of the mean of patch tokens; None without norm.
-        rows: The report.
-    """
+    """What the rules make of a state dict."""
 
     state: dict[str, Tensor] = field(default_factory=dict)
+    # key of theirs -> what must equal it, a key of ours or of what we compute, and its tensor
     checks: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
-    pooled: bool | None = None
+    pooled: bool | None = None  # whether the final norm is that of the mean of patch tokens
     rows: list[Row] = field(default_factory=list)
 
     def report(self, rule: Rule, count: int) -> None:
