@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from pickles import Call
 
-from cae_mm.checkpoints import EncoderDescription, read_checkpoint
+from cae_mm.checkpoints import read_checkpoint
 from cae_mm.checkpoints.pretrained import guess_source, load_pretrained
 from cae_mm.conversion import convert_checkpoint
-from cae_mm.models import CAENeck, build_encoder
+from cae_mm.models import CAENeck, CAEViT, build_encoder
 from cae_mm.patches import split_mask
 
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1)).double()
@@ -168,12 +168,11 @@ def test_mmpretrains_cae(tmp_path):
     close(ours(IMAGES)[0], model.backbone.double()(IMAGES, mask))
     state = result.state
     neck = model.neck.state_dict()
-    assert torch.equal(
-        state['neck.regressor.1.attn.q.bias'], neck['regressors.1.cross_attn.q_bias']
-    )
-    assert torch.equal(
-        state['neck.decoder.0.mlp.fc1.weight'], neck['decoders.0.ffn.layers.0.0.weight']
-    )
+    for ours, theirs in (
+        ('regressor.1.attn.q.bias', 'regressors.1.cross_attn.q_bias'),
+        ('decoder.0.mlp.fc1.weight', 'decoders.0.ffn.layers.0.0.weight'),
+    ):
+        assert torch.equal(state[f'neck.{ours}'], neck[theirs])
     notes = {row.foreign: row.note for row in result.rows if row.ours == '(left out)'}
     assert 'convert_dalle' in notes['target_generator.{rest}'] and 'teacher.{rest}' in notes
 
@@ -197,8 +196,7 @@ def test_mmpretrains_beit(tmp_path, pooled):
     randomize(model).pos_embed.data.copy_(official.positions((3, 3), 24))
     state = {f'backbone.{key}': value for key, value in model.state_dict().items()}
     state |= {'head.fc.weight': torch.ones(5, 24), 'head.fc.bias': torch.ones(5)}
-    torch.save({'state_dict': state}, tmp_path / 'a.pth')
-    result = convert_checkpoint(tmp_path / 'a.pth', tmp_path / 'out')
+    result = convert(state, tmp_path)
     assert (result.description.pooled_norm, result.description.mlp_ratio) == (pooled, 2.0)
     assert torch.equal(result.state['head.fc.weight'], torch.ones(5, 24))
     ours = load(result, out_type='avg_featmap' if pooled else 'raw')
@@ -217,29 +215,18 @@ def test_mmpretrains_beit(tmp_path, pooled):
 def test_timms_beit(tmp_path, options):
     beit = pytest.importorskip('timm.models.beit')
     options = dict(num_classes=5) | options
-    model = beit.Beit(
-        img_size=12,
-        patch_size=4,
-        embed_dim=24,
-        depth=2,
-        num_heads=3,
-        use_abs_pos_emb=True,
-        **options,
-    )
+    sizes = dict(img_size=12, patch_size=4, embed_dim=24, depth=2, num_heads=3)
+    model = beit.Beit(use_abs_pos_emb=True, **sizes, **options)
     randomize(model).pos_embed.data.copy_(official.positions((3, 3), 24))
-    torch.save(model.state_dict(), tmp_path / 'a.pth')
-    result = convert_checkpoint(tmp_path / 'a.pth', tmp_path / 'out', source='timm', num_heads=3)
+    result = convert(model.state_dict(), tmp_path, source='timm', num_heads=3)
     pooled = options['global_pool'] == 'avg'
     ours = load(result, out_type='avg_featmap' if pooled else 'raw')
     features = model.double().forward_features(IMAGES)
     close(
         ours(IMAGES)[0], model.forward_head(features, pre_logits=True) if pooled else features, 1e-6
     )
-    assert [r for r in result.remarks if 'no gamma_1' in r] == (
-        []
-        if options['init_values']
-        else ['no gamma_1 in the file: 1 in all blocks, which is the same']
-    )
+    remark = 'no gamma_1 in the file: 1 in all blocks, which is the same'
+    assert (remark in result.remarks) == (not options['init_values'])
 
 
 def beit_config(**options):
@@ -317,9 +304,8 @@ def test_pickles_that_execute_are_refused(tmp_path, name):
         torch.save(content, tmp_path / name)
     else:
         (tmp_path / name).write_bytes(pickle.dumps(content))
-    with pytest.raises(
-        ValueError, match=f'{name} was refused, nothing in it was executed: .*mkdir'
-    ):
+    message = f'{name} was refused, nothing in it was executed: .*mkdir'
+    with pytest.raises(ValueError, match=message):
         convert_checkpoint(tmp_path / name, tmp_path / 'out')
     assert not (tmp_path / 'executed').exists()
 
@@ -380,6 +366,10 @@ def test_what_a_file_without_arrays_says(tmp_path):
         (
             lambda s: [s.pop(k) for k in list(s) if 'encoder.pos' in k],
             'has no absolute positions, as BEiT',
+        ),
+        (
+            lambda s: s.update({'encoder.blocks.0.attn.relative_position_index': torch.ones(10)}),
+            'relative_position_index without the relative position tables it belongs to',
         ),
         (lambda s: s.pop('encoder.cls_token'), 'these are no official weights'),
     ],
@@ -447,23 +437,9 @@ def test_sizes_and_part_are_written_beside_the_weights(tmp_path):
     assert result.path.name == 'out_encoder.safetensors'
     file = read_checkpoint(result.path)
     assert file.metadata.keys() == {'source', 'part', 'encoder'}
-    assert (
-        read_checkpoint(result.path).description
-        == result.description
-        == EncoderDescription(
-            embed_dims=24,
-            depth=2,
-            num_heads=3,
-            mlp_ratio=4.0,
-            patch_size=4,
-            in_channels=3,
-            img_size=(12, 12),
-            pretrain_img_size=(12, 12),
-            use_rel_pos_bias=False,
-            final_norm=True,
-            pooled_norm=False,
-        )
-    )
+    arch = dict(embed_dims=24, depth=2, num_heads=3, layer_scale=0.1)
+    expected = CAEViT(arch=arch, img_size=12, patch_size=4).describe()
+    assert file.description == result.description == expected
     assert all(key.startswith('backbone.') for key in file.state)
     left = {row.foreign for row in result.rows if row.note == 'part=encoder'}
     assert {'mask_token', 'decoder.head.{p}', 'encoder_to_regresser.{p}'} <= left
@@ -497,17 +473,15 @@ def test_guesses(keys, source):
 
 def test_arguments_that_make_no_sense(tmp_path):
     path = save(official.pretraining_state(), tmp_path / 'a.pth')
-    options = dict(HEADS)
     with pytest.raises(ValueError, match="Unknown part 'decoder': choose one of"):
-        convert_checkpoint(path, tmp_path, part='decoder', **options)
+        convert_checkpoint(path, tmp_path, part='decoder', **HEADS)
     with pytest.raises(ValueError, match="Unknown source 'jax': choose one of"):
-        convert_checkpoint(path, tmp_path, source='jax', **options)
+        convert_checkpoint(path, tmp_path, source='jax', **HEADS)
     with pytest.raises(ValueError, match='weights are written as .safetensors'):
-        convert_checkpoint(path, tmp_path / 'b.pth', **options)
-    with pytest.raises(
-        ValueError, match='these are no huggingface weights.*they look like official ones'
-    ):
-        convert_checkpoint(path, tmp_path, source='huggingface', **options)
+        convert_checkpoint(path, tmp_path / 'b.pth', **HEADS)
+    message = 'these are no huggingface weights.*they look like official ones'
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(path, tmp_path, source='huggingface', **HEADS)
     with pytest.raises(FileNotFoundError, match='give a file, or a folder with config.json'):
         convert_checkpoint(tmp_path / 'none', tmp_path)
     torch.save({'backbone.cls_token': torch.zeros(1, 1, 4)}, path)

@@ -13,6 +13,7 @@ from mmengine.registry import MODELS
 import cae_mm.conversion.export as export_module
 from cae_mm.checkpoints import read_checkpoint
 from cae_mm.checkpoints.files import write_safetensors
+from cae_mm.checkpoints.pretrained import strip_prefix
 from cae_mm.conversion import convert_checkpoint, export_checkpoint
 from cae_mm.conversion.convert import Conversion
 from cae_mm.conversion.targets import TARGETS
@@ -46,10 +47,7 @@ def load_mmpretrain(usage, path):
 
     config = eval(usage.removeprefix('backbone='))  # what the tool prints for a config
     model = MODELS.build(config)
-    state = read_checkpoint(path).state
-    model.load_state_dict(
-        {k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')}
-    )
+    model.load_state_dict(strip_prefix(read_checkpoint(path).state, 'backbone.'))
     return model, lambda images: model(images)[0]
 
 
