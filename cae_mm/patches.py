@@ -1,6 +1,7 @@
 """Images as grids of patches, and which of the patches a mask hides."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def grid_of(size: tuple[int, int], patch_size: int) -> Grid:
+def grid_of(size: Sequence[int], patch_size: int) -> Grid:
     """Rows and columns of patches in an image of ``size`` (height, width) pixels.
 
     Raises:

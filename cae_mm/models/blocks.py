@@ -5,6 +5,8 @@ https://github.com/Atten4Vis/CAE/blob/master/models/modeling_cae_helper.py
 """
 
 import math
+from collections import OrderedDict
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +20,30 @@ from cae_mm.models.positions import (
 )
 from cae_mm.patches import Grid
 
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # the eps of all norms of ViTs
+
 
 def check_heads(dim: int, num_heads: int) -> None:
     """Raise ValueError if a width cannot be split into so many heads."""
     if dim % num_heads:
         raise ValueError(f'a width of {dim} cannot be split into {num_heads} heads')
+
+
+class PatchEmbed(nn.Module):
+    """Linear projection of flat patches, stored as the convolution that other codes use."""
+
+    def __init__(self, in_channels: int, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
+
+    def init_weights(self) -> None:
+        """Initialise as the official code does."""
+        trunc_normal_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]  # a Conv2d may have none
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Embed ``patches``, shape (B, K, C * p * p), into shape (B, K, D)."""
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Attention(nn.Module):
@@ -89,11 +110,7 @@ class WindowAttention(Attention):
     Each window sees a copy of the class token, whose outputs are averaged; ViTDet has no class
     token. Windows at the border are filled up with patches that nobody attends to; in ViTDet these
     are attended to. So one window over the whole grid is the same as global attention.
-
-    Args:
-        dim: Width D.
-        num_heads: Number of heads, a divisor of D.
-        window_size: Side of a window in patches.
+    ``window_size`` is the side of a window in patches.
     """
 
     def __init__(self, dim: int, num_heads: int, window_size: int) -> None:
@@ -134,12 +151,7 @@ def partition_windows(x: Tensor, size: int) -> Tensor:
 
 
 class CrossAttention(nn.Module):
-    """Multi-head cross-attention whose keys and values come from different inputs.
-
-    Args:
-        dim: Width D.
-        num_heads: Number of heads, a divisor of D.
-    """
+    """Multi-head cross-attention whose keys and values come from different inputs."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -152,32 +164,21 @@ class CrossAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from ``q``, shape (B, M, D), to ``k`` and ``v``, shapes (B, N, D)."""
-        x = F.scaled_dot_product_attention(
-            self._heads(self.q(q)), self._heads(self.k(k)), self._heads(self.v(v))
-        )  # [B, heads, M, D/heads]
+        q, k, v = (
+            x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, M or N, D/heads]
+            for x in (self.q(q), self.k(k), self.v(v))
+        )
+        x = F.scaled_dot_product_attention(q, k, v)  # [B, heads, M, D/heads]
         return self.proj(x.transpose(1, 2).flatten(2))  # [B, M, D]
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, L, D/heads]
 
-
-class Mlp(nn.Module):
-    """Linear, GELU, linear.
-
-    Args:
-        dim: Width D.
-        mlp_ratio: Hidden width over D.
-    """
+class Mlp(nn.Sequential):
+    """Linear, GELU, linear: from width D to D * mlp_ratio and back."""
 
     def __init__(self, dim: int, mlp_ratio: float = 4.0) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, int(dim * mlp_ratio))
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(int(dim * mlp_ratio), dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the MLP to ``x``, shape (..., D)."""
-        return self.fc2(self.act(self.fc1(x)))
+        hidden = int(dim * mlp_ratio)
+        layers = dict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim))
+        super().__init__(OrderedDict(layers))
 
 
 class Block(nn.Module):
@@ -205,12 +206,12 @@ class Block(nn.Module):
         window_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim)
         if window_size is None:
             self.attn = Attention(dim, num_heads, bias_grid)
         else:
             self.attn = WindowAttention(dim, num_heads, window_size)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, mlp_ratio)
         self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale))
         self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale))

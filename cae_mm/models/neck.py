@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cae_mm.models.blocks import (
     Block,
     CrossAttention,
+    LayerNorm,
     Mlp,
     init_linear_and_norm,
     linear_drop_path,
@@ -28,12 +29,7 @@ from cae_mm.registry import MODELS
 class RegressorBlock(nn.Module):
     """Cross-attention block: masked patches ask, visible and masked patches answer.
 
-    Args:
-        dim: Width D.
-        num_heads: Number of attention heads.
-        mlp_ratio: Hidden width of the MLP over D.
-        drop_path: Probability to skip a residual branch of an image.
-        layer_scale: Initial value of the two learned per-channel scales.
+    Its options are those of ``Block``.
     """
 
     def __init__(
@@ -46,11 +42,11 @@ class RegressorBlock(nn.Module):
         layer_scale: float = 0.1,
     ) -> None:
         super().__init__()
-        self.norm_q = nn.LayerNorm(dim, eps=1e-6)
-        self.norm_k = nn.LayerNorm(dim, eps=1e-6)
-        self.norm_v = nn.LayerNorm(dim, eps=1e-6)
+        self.norm_q = LayerNorm(dim)
+        self.norm_k = LayerNorm(dim)
+        self.norm_v = LayerNorm(dim)
         self.attn = CrossAttention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, mlp_ratio)
         self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale))
         self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale))
@@ -107,9 +103,7 @@ class CAENeck(BaseModule):
         self.out_dims = out_dims
         self.projection: nn.Module = nn.Identity()
         if in_dims != embed_dims:
-            self.projection = nn.Sequential(
-                nn.Linear(in_dims, embed_dims), nn.LayerNorm(embed_dims, eps=1e-6)
-            )
+            self.projection = nn.Sequential(nn.Linear(in_dims, embed_dims), LayerNorm(embed_dims))
         self.positions = SinCosPositions(embed_dims)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dims))
         options: dict[str, Any] = dict(mlp_ratio=mlp_ratio, layer_scale=layer_scale)
@@ -117,12 +111,12 @@ class CAENeck(BaseModule):
             RegressorBlock(embed_dims, num_heads, drop_path=rate, **options)
             for rate in linear_drop_path(drop_path_rate, regressor_depth)
         )
-        self.regressor_norm = nn.LayerNorm(embed_dims, eps=1e-6)
+        self.regressor_norm = LayerNorm(embed_dims)
         self.decoder = nn.ModuleList(
             Block(embed_dims, num_heads, drop_path=rate, **options)
             for rate in linear_drop_path(drop_path_rate, decoder_depth)
         )
-        self.decoder_norm = nn.LayerNorm(embed_dims, eps=1e-6)
+        self.decoder_norm = LayerNorm(embed_dims)
         self.output = nn.Linear(embed_dims, out_dims)
 
     def init_weights(self) -> None:

@@ -4,6 +4,7 @@ References:
     Official code: https://github.com/Atten4Vis/CAE/blob/master/models/modeling_cae_helper.py
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -14,6 +15,7 @@ from cae_mm.patches import Grid
 
 # images of detection come in hundreds of sizes, whose tables would fill a GPU
 MAX_CACHED_GRIDS = 8
+BIAS_TABLE = 'relative_position_bias_table'
 
 
 def sincos_positions(grid: Grid, dim: int, temperature: float = 10000.0) -> Tensor:
@@ -23,30 +25,32 @@ def sincos_positions(grid: Grid, dim: int, temperature: float = 10000.0) -> Tens
     other grids (``build_2d_sincos_position_embedding``), here every grid is right.
 
     Args:
-        grid: Rows and columns of the patch grid.
+        grid: Rows and columns of patches.
         dim: Width D, a multiple of 4.
         temperature: Base of the geometric series of wave lengths.
 
     Returns:
         float32 tensor with shape (rows * columns, D), on the CPU.
-
-    Raises:
-        ValueError: If ``dim`` is not a multiple of 4.
     """
     if dim % 4:
         raise ValueError(f'2D sin-cos positions need a width that is a multiple of 4, not {dim}')
     steps = torch.arange(dim // 4, dtype=torch.float32, device='cpu') / (dim // 4)
     omega = 1.0 / temperature**steps  # [D/4]
-    rows, columns = torch.meshgrid(
-        torch.arange(grid[0], dtype=torch.float32, device='cpu'),
-        torch.arange(grid[1], dtype=torch.float32, device='cpu'),
-        indexing='ij',
-    )
-    row_angles = rows.reshape(-1, 1) * omega  # [N, D/4]
-    column_angles = columns.reshape(-1, 1) * omega  # [N, D/4]
-    return torch.cat(
-        [row_angles.sin(), row_angles.cos(), column_angles.sin(), column_angles.cos()], dim=1
-    )  # [N, D]
+    angles = [x[:, None] * omega for x in rows_and_columns(grid, torch.device('cpu'))]  # [N, D/4]
+    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)
+
+
+def rows_and_columns(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column of each patch, two int64 tensors with shape (N,)."""
+    rows, columns = (torch.arange(side, device=device) for side in grid)
+    return rows.repeat_interleave(grid[1]), columns.repeat(grid[0])
+
+
+def resize_bicubically(table: Tensor, old: Grid, new: Grid) -> Tensor:
+    """Resize a table with a row per patch, shape (N, D), from one grid to another."""
+    maps = table.T.reshape(1, -1, *old)  # [1, D, h, w]
+    maps = F.interpolate(maps, size=new, mode='bicubic', align_corners=False)
+    return maps[0].flatten(1).T  # [N', D]
 
 
 class SinCosPositions(nn.Module):
@@ -110,9 +114,7 @@ class SinCosPositions(nn.Module):
         if self.base_grid is None or grid == self.base_grid:
             return sincos_positions(grid, self.dim)
         table = sincos_positions(self.base_grid, self.dim)
-        table = table.T.reshape(1, self.dim, *self.base_grid)  # [1, D, h, w]
-        table = F.interpolate(table, size=grid, mode='bicubic', align_corners=False)
-        return table.flatten(2)[0].T.contiguous()  # [N, D]
+        return resize_bicubically(table, self.base_grid, grid).contiguous()
 
 
 def num_relative_positions(grid: Grid) -> int:
@@ -135,8 +137,7 @@ def relative_position_index(grid: Grid, device: torch.device) -> Tensor:
         token to itself.
     """
     h, w = grid
-    rows = torch.arange(h, device=device).repeat_interleave(w)  # [N]
-    columns = torch.arange(w, device=device).repeat(h)  # [N]
+    rows, columns = rows_and_columns(grid, device)  # [N], [N]
     down = rows[:, None] - rows + h - 1  # [N, N], in [0, 2h - 2]
     right = columns[:, None] - columns + w - 1  # [N, N], in [0, 2w - 2]
     index = F.pad(down * (2 * w - 1) + right, (1, 0, 1, 0))  # [1+N, 1+N]
@@ -149,18 +150,46 @@ def resize_bias_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
     """Resize a relative position table from one grid to another, bicubically.
 
     Args:
-        table: Shape ((2h - 1) * (2w - 1) + 3, heads) for the grid ``old``.
-        old: The grid (h, w) that the table is made for.
-        new: The grid that it shall be made for.
+        table: Shape ((2h - 1) * (2w - 1) + 3, heads); the class token's three entries are kept.
+        old: The grid (h, w) that it is made for.
+        new: The grid that it is to be made for.
 
     Returns:
-        The table for the grid ``new``; the three entries of the class token are kept. The table
-        itself if the grids are equal.
+        The table for the grid ``new``; the table itself if the grids are equal.
     """
     if old == new:
         return table
-    offsets, cls_entries = table[:-3], table[-3:]
-    maps = offsets.T.reshape(1, -1, 2 * old[0] - 1, 2 * old[1] - 1)  # [1, heads, 2h-1, 2w-1]
-    size = (2 * new[0] - 1, 2 * new[1] - 1)
-    maps = F.interpolate(maps, size=size, mode='bicubic', align_corners=False)
-    return torch.cat([maps[0].flatten(1).T, cls_entries])
+    sides = [(2 * h - 1, 2 * w - 1) for h, w in (old, new)]  # of the maps of offsets
+    return torch.cat([resize_bicubically(table[:-3], *sides), table[-3:]])
+
+
+def fit_bias_tables(state: dict[str, Tensor], own: dict[str, Tensor], grid: Grid) -> list[str]:
+    """Give ``state`` the relative position tables that a model has, for this model's grid.
+
+    Args:
+        state: Weights, changed in place: tables of another square grid are resized bicubically,
+            and where there are none they start from zero.
+        own: State dict of the model.
+        grid: Rows and columns of patches that its tables are made for.
+
+    Returns:
+        A remark for each of the two changes.
+
+    Raises:
+        ValueError: If a table is made for no square grid.
+    """
+    tables = {key: table for key, table in own.items() if key.endswith(BIAS_TABLE)}
+    missing = [key for key in tables if key not in state]
+    state |= {key: torch.zeros_like(tables[key]) for key in missing}
+    resized = [key for key, table in tables.items() if len(state[key]) != len(table)]
+    for key in resized:
+        entries = len(state[key])
+        side = (math.isqrt(max(entries - 3, 0)) + 1) // 2
+        if entries != num_relative_positions((side, side)):
+            raise ValueError(
+                f'{key} has {entries} entries, which is no relative position table of a square '
+                'grid: set img_size to the size that it was trained with'
+            )
+        state[key] = resize_bias_table(state[key], (side, side), grid)
+    changes = {'start from zero': missing, 'are resized bicubically': resized}
+    return [f'{len(k)} relative position tables {what}' for what, k in changes.items() if k]

@@ -11,7 +11,7 @@ import torch
 from mmpretrain.models.heads import LinearClsHead
 from torch import Tensor, nn
 
-from cae_mm.models.blocks import CrossAttention, init_linear_and_norm
+from cae_mm.models.blocks import CrossAttention, LayerNorm, init_linear_and_norm
 from cae_mm.registry import MODELS
 
 INIT = dict(type='TruncNormal', layer='Linear', std=0.01)  # MAE's, which the official probe takes
@@ -66,9 +66,9 @@ class AttentiveProbeHead(LinearProbeHead):
     ) -> None:
         super().__init__(num_classes=num_classes, in_channels=in_channels, **options)
         self.query_token = nn.Parameter(torch.zeros(1, 1, in_channels))
-        self.norm_q = nn.LayerNorm(in_channels, eps=1e-6)
-        self.norm_k = nn.LayerNorm(in_channels, eps=1e-6)
-        self.norm_v = nn.LayerNorm(in_channels, eps=1e-6)
+        self.norm_q = LayerNorm(in_channels)
+        self.norm_k = LayerNorm(in_channels)
+        self.norm_v = LayerNorm(in_channels)
         self.attn = CrossAttention(in_channels, num_heads)
 
     def init_weights(self) -> None:

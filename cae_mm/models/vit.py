@@ -5,7 +5,6 @@ References:
     Official code: https://github.com/Atten4Vis/CAE/blob/master/models/modeling_cae_helper.py
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +14,15 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from cae_mm.checkpoints import EncoderDescription, PretrainedModule
-from cae_mm.models.blocks import Block, init_linear_and_norm, linear_drop_path, trunc_normal_
-from cae_mm.models.positions import SinCosPositions, num_relative_positions, resize_bias_table
+from cae_mm.models.blocks import (
+    Block,
+    LayerNorm,
+    PatchEmbed,
+    init_linear_and_norm,
+    linear_drop_path,
+    trunc_normal_,
+)
+from cae_mm.models.positions import SinCosPositions, fit_bias_tables
 from cae_mm.patches import Grid, gather_tokens, grid_of, patchify, to_pair, unpadded_grids
 from cae_mm.registry import MODELS
 
@@ -33,25 +39,7 @@ ARCHS: dict[str, dict[str, Any]] = {
     'large': dict(embed_dims=1024, depth=24, num_heads=16, layer_scale=1e-5),
     'huge': dict(embed_dims=1280, depth=32, num_heads=16, layer_scale=1e-5),
 }
-BIAS_TABLE = 'relative_position_bias_table'
 OUT_TYPES = ('raw', 'cls_token', 'featmap', 'avg_featmap')
-
-
-class PatchEmbed(nn.Module):
-    """Linear projection of flat patches, stored as the convolution that other codes use."""
-
-    def __init__(self, in_channels: int, patch_size: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
-
-    def init_weights(self) -> None:
-        """Initialise as the official code does."""
-        trunc_normal_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]  # a Conv2d may have none
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """Embed ``patches``, shape (B, K, C * p * p), into shape (B, K, D)."""
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 @MODELS.register_module()
@@ -59,18 +47,15 @@ class CAEViT(PretrainedModule):
     """Vision transformer of CAE.
 
     Args:
-        arch: 'mini', 'tiny', 'small', 'base', 'large', 'huge', or a dict with the keys
-            ``embed_dims``, ``depth``, ``num_heads`` and ``layer_scale``.
-        img_size: Height and width in pixels that relative position tables are made for, and
-            positions if ``pretrain_img_size`` does not say otherwise. In pretraining the images
-            must have this size; elsewhere any size will do, tables and positions are resized.
-        pretrain_img_size: Height and width in pixels of pretraining, for which the fixed positions
-            are exact, where the checkpoint that is loaded does not say; None means ``img_size``.
-            Other sizes get positions resized bicubically from these, as in the official
-            downstream code.
-        unpadded_positions: Resize positions to each image's own grid of patches, so that they do
-            not depend on how far it is padded at the right and the bottom (with zeros, after
-            normalisation). False: to the grid of the padded batch, as the official downstream code.
+        arch: A name in ``ARCHS``, or a dict with the keys of its entries.
+        img_size: Height and width in pixels of the images in pretraining. Elsewhere any size will
+            do: it is what relative position tables are made for and resized from.
+        pretrain_img_size: Height and width in pixels of pretraining, where the checkpoint that is
+            loaded does not say; None means ``img_size``. Other sizes get positions resized
+            bicubically from these, as in the official downstream code.
+        unpadded_positions: Resize positions to each image's own grid of patches, whatever padding
+            (zeros, after normalisation) the batch adds at the right and the bottom. False: to the
+            grid of the padded batch, as the official downstream code.
         patch_size: Side of a patch in pixels.
         in_channels: Channels of the images.
         mlp_ratio: Hidden width of the MLPs over the width.
@@ -79,7 +64,7 @@ class CAEViT(PretrainedModule):
             negative numbers count from the end.
         out_type: What is returned of each of them: 'raw' tokens (B, 1 + N, D) with the class
             token first, 'cls_token' (B, D), 'featmap' (B, D, H/p, W/p) or 'avg_featmap' (B, D),
-            the mean over patches, to which the final norm is applied (official ``fc_norm``).
+            the mean over patches before the final norm (official ``fc_norm``).
         use_rel_pos_bias: Learn a relative position bias in each block, from zero: fine-tuning and
             segmentation have it, pretraining has not.
         final_norm: Whether the last block's output is normalised. The official dense prediction
@@ -121,30 +106,14 @@ class CAEViT(PretrainedModule):
         self.patch_size = patch_size
         self.grid = grid_of(to_pair(img_size), patch_size)
         self.out_indices = self._resolve_indices('out_indices', out_indices)
-        if out_type not in OUT_TYPES:
-            raise ValueError(f"Unknown out_type '{out_type}': choose one of {OUT_TYPES}")
         self.out_type = out_type
-        if not -1 <= frozen_stages <= self.depth:
-            raise ValueError(f'frozen_stages must be in [-1, {self.depth}], not {frozen_stages}')
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
-        if use_rel_pos_bias and unpadded_positions:
-            raise ValueError(
-                'use_rel_pos_bias resizes its tables to the padded batch: leave out '
-                'unpadded_positions'
-            )
         self.unpadded_positions = unpadded_positions
-        if use_rel_pos_bias and window_size is not None:
-            raise ValueError('windows have no relative position bias: choose one of the two')
-        if window_size is not None and window_size < 1:
-            raise ValueError(f'window_size must be at least 1, not {window_size}')
-        if window_size is None and global_blocks:
-            raise ValueError('global_blocks needs a window_size: without one all blocks are global')
         self.bias_grid = self.grid if use_rel_pos_bias else None
         self.window_size = window_size
-        windows: list[int | None] = [window_size] * self.depth
-        for index in self._resolve_indices('global_blocks', global_blocks):
-            windows[index] = None
+        global_blocks = self._resolve_indices('global_blocks', global_blocks)
+        self._check_options(global_blocks)
 
         self.patch_embed = PatchEmbed(in_channels, patch_size, self.embed_dims)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dims))
@@ -158,14 +127,30 @@ class CAEViT(PretrainedModule):
                 drop_path=rate,
                 layer_scale=arch['layer_scale'],
                 bias_grid=self.bias_grid,
-                window_size=window,
+                window_size=None if i in global_blocks else window_size,
             )
-            for rate, window in zip(
-                linear_drop_path(drop_path_rate, self.depth), windows, strict=True
-            )
+            for i, rate in enumerate(linear_drop_path(drop_path_rate, self.depth))
         )
-        self.norm = nn.LayerNorm(self.embed_dims, eps=1e-6) if final_norm else nn.Identity()
+        self.norm = LayerNorm(self.embed_dims) if final_norm else nn.Identity()
         self._freeze_stages()
+
+    def _check_options(self, global_blocks: Sequence[int]) -> None:
+        depth, frozen, window = self.depth, self.frozen_stages, self.window_size
+        if self.out_type not in OUT_TYPES:
+            raise ValueError(f"Unknown out_type '{self.out_type}': choose one of {OUT_TYPES}")
+        if not -1 <= frozen <= depth:
+            raise ValueError(f'frozen_stages must be in [-1, {depth}], not {frozen}')
+        if self.bias_grid and self.unpadded_positions:
+            raise ValueError(
+                'use_rel_pos_bias resizes its tables to the padded batch: leave out '
+                'unpadded_positions'
+            )
+        if self.bias_grid and window is not None:
+            raise ValueError('windows have no relative position bias: choose one of the two')
+        if window is not None and window < 1:
+            raise ValueError(f'window_size must be at least 1, not {window}')
+        if window is None and global_blocks:
+            raise ValueError('global_blocks needs a window_size: without one all blocks are global')
 
     def init_default_weights(self) -> None:
         """Initialise as the official code does (xavier linears, truncated normal rest)."""
@@ -182,16 +167,13 @@ class CAEViT(PretrainedModule):
 
         Returns:
             Tensor with shape (B, 1 + K, D) after the final norm, class token first.
-
-        Raises:
-            ValueError: If ``ids`` are given to a model with relative position bias or windows.
         """
         if ids is not None and (self.bias_grid or self.window_size):
             raise ValueError(
                 'pretraining sees some patches only and has no relative position bias and no '
                 'windows: leave out use_rel_pos_bias and window_size'
             )
-        grid = grid_of((images.shape[-2], images.shape[-1]), self.patch_size)
+        grid = grid_of(images.shape[-2:], self.patch_size)
         x = self._embed(images, grid, ids)
         for block in self.blocks:
             x = self._run(block, x, grid)
@@ -207,21 +189,22 @@ class CAEViT(PretrainedModule):
         Returns:
             One tensor per index; the final norm is applied to the last block's output only.
         """
-        H, W = images.shape[-2:]
-        p = self.patch_size
+        p, (H, W) = self.patch_size, images.shape[-2:]
         if H % p or W % p:
             images = F.pad(images, (0, -W % p, 0, -H % p))
-        grid = grid_of((images.shape[-2], images.shape[-1]), p)
+        grid = grid_of(images.shape[-2:], p)
         x = self._embed(images, grid)
         outs = []
         for i, block in enumerate(self.blocks):
             x = self._run(block, x, grid)
             if i in self.out_indices:
-                outs.append(self._format(x, grid, last=i == self.depth - 1))
+                norm = self.norm if i == self.depth - 1 else nn.Identity()
+                outs.append(self._format(x, grid, norm))
         return tuple(outs)
 
     def describe(self) -> EncoderDescription:
         """Say what weights of this encoder do not tell; mean and std are not known here."""
+        p = self.patch_size
         first: Any = self.blocks[0]
         h, w = self.grid
         base_h, base_w = self.positions.base_grid or self.grid
@@ -230,10 +213,10 @@ class CAEViT(PretrainedModule):
             depth=self.depth,
             num_heads=first.attn.num_heads,
             mlp_ratio=first.mlp.fc1.out_features / self.embed_dims,
-            patch_size=self.patch_size,
+            patch_size=p,
             in_channels=self.patch_embed.proj.in_channels,
-            img_size=(h * self.patch_size, w * self.patch_size),
-            pretrain_img_size=(base_h * self.patch_size, base_w * self.patch_size),
+            img_size=(h * p, w * p),
+            pretrain_img_size=(base_h * p, base_w * p),
             use_rel_pos_bias=self.bias_grid is not None,
             final_norm=not isinstance(self.norm, nn.Identity),
             pooled_norm=self.out_type == 'avg_featmap',
@@ -246,31 +229,22 @@ class CAEViT(PretrainedModule):
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Make the weights of another ``CAEViT`` fit the options of this one.
 
+        The final norm is left out where this model has none; relative position tables are resized
+        bicubically to this model's grid, or zero where there are none.
+
         Args:
             state: Weights of an encoder, without prefix; left as it is.
 
         Returns:
-            The weights with the final norm left out where this model has none, and with relative
-            position tables for this model's grid: resized bicubically, or zero where there are
-            none. And one remark for each of these changes.
+            The weights, and a remark for each of these changes.
         """
         state, remarks = dict(state), []
         if isinstance(self.norm, nn.Identity):
-            dropped = [
-                key for key in ('norm.weight', 'norm.bias') if state.pop(key, None) is not None
-            ]
-            if dropped:
+            dropped = [state.pop(key, None) for key in ('norm.weight', 'norm.bias')]
+            if any(weight is not None for weight in dropped):
                 remarks.append('the final norm is left out: final_norm=False')
-        tables = {k: v for k, v in self.state_dict().items() if k.endswith(BIAS_TABLE)}
-        missing = [key for key in tables if key not in state]
-        if missing:
-            state |= {key: torch.zeros_like(tables[key]) for key in missing}
-            remarks.append(f'{len(missing)} relative position tables start from zero')
-        resized = [key for key, table in tables.items() if len(state[key]) != len(table)]
-        for key in resized:
-            state[key] = self._resize_table(key, state[key])
-        if resized:
-            remarks.append(f'{len(resized)} relative position tables are resized bicubically')
+        if self.bias_grid is not None:
+            remarks += fit_bias_tables(state, self.state_dict(), self.bias_grid)
         return state, remarks
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
@@ -283,13 +257,11 @@ class CAEViT(PretrainedModule):
             param_name: Name of the parameter, with ``prefix``.
             prefix: The backbone's place in the model, for example 'backbone.'.
         """
-        num_layers = self.depth + 2
-        name = param_name.removeprefix(prefix) if param_name.startswith(prefix) else ''
-        if name.startswith(('cls_token', 'patch_embed')):
-            return 0, num_layers
-        if name.startswith('blocks.'):
-            return int(name.split('.')[1]) + 1, num_layers
-        return num_layers - 1, num_layers
+        blocks, last = f'{prefix}blocks.', self.depth + 1
+        if param_name.startswith(blocks):
+            return int(param_name.removeprefix(blocks).split('.')[0]) + 1, last + 1
+        embeddings = (f'{prefix}cls_token', f'{prefix}patch_embed')
+        return 0 if param_name.startswith(embeddings) else last, last + 1
 
     def train(self, mode: bool = True) -> 'CAEViT':
         """Set the mode; frozen blocks stay in eval mode (no drop path)."""
@@ -317,8 +289,7 @@ class CAEViT(PretrainedModule):
             return torch.utils.checkpoint.checkpoint(block, x, grid, use_reentrant=False)
         return block(x, grid)
 
-    def _format(self, x: Tensor, grid: Grid, last: bool) -> Tensor:
-        norm = self.norm if last else nn.Identity()
+    def _format(self, x: Tensor, grid: Grid, norm: nn.Module) -> Tensor:
         if self.out_type == 'raw':
             return norm(x)
         if self.out_type == 'cls_token':
@@ -330,26 +301,14 @@ class CAEViT(PretrainedModule):
         # channels last, and be read in the wrong order: open-mmlab/mmcv#2203
         return maps.contiguous()
 
-    def _resize_table(self, key: str, table: Tensor) -> Tensor:
-        """Resize a relative position table, made for a square grid, to this model's grid."""
-        assert self.bias_grid is not None
-        side = (math.isqrt(max(len(table) - 3, 0)) + 1) // 2
-        if len(table) != num_relative_positions((side, side)):
-            raise ValueError(
-                f'{key} has {len(table)} entries, which is no relative position table of a square '
-                'grid: set img_size to the size that it was trained with'
-            )
-        return resize_bias_table(table, (side, side), self.bias_grid)
-
     def _freeze_stages(self) -> None:
         if self.frozen_stages < 0:
             return
-        frozen: list[nn.Module] = [self.patch_embed, *self.blocks[: self.frozen_stages]]
-        if self.frozen_stages == self.depth:
-            frozen.append(self.norm)
         self.cls_token.requires_grad_(False)
-        for module in frozen:
+        for module in (self.patch_embed, *self.blocks[: self.frozen_stages]):
             module.eval().requires_grad_(False)
+        if self.frozen_stages == self.depth:
+            self.norm.eval().requires_grad_(False)
 
     def _resolve_indices(self, option: str, blocks: int | Sequence[int]) -> tuple[int, ...]:
         indices = [blocks] if isinstance(blocks, int) else list(blocks)
@@ -361,9 +320,9 @@ class CAEViT(PretrainedModule):
 
 def _resolve_arch(arch: str | dict[str, Any]) -> dict[str, Any]:
     if isinstance(arch, str):
-        if arch not in ARCHS:
-            raise ValueError(f"Unknown arch '{arch}': choose one of {tuple(ARCHS)} or give a dict")
-        return ARCHS[arch]
+        if arch in ARCHS:
+            return ARCHS[arch]
+        raise ValueError(f"Unknown arch '{arch}': choose one of {tuple(ARCHS)} or give a dict")
     if set(arch) != set(ARCHS['base']):
         raise ValueError(f'arch needs exactly the keys {sorted(ARCHS["base"])}, not {sorted(arch)}')
     return arch
