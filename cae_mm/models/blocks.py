@@ -247,3 +247,8 @@ def init_linear_and_norm(module: nn.Module) -> None:
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision as float32, other formats as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -76,11 +76,8 @@ class CAE(BaseSelfSupervisor):
         """Initialise all parts; an EMA teacher starts as a copy of the encoder."""
         super().init_weights()
         if isinstance(self.target_generator, Tokenizer) and not self.target_generator.init_cfg:
-            print_log(
-                'target_generator has no init_cfg: its random weights make poor targets',
-                logger='current',
-                level=logging.WARNING,
-            )
+            message = 'target_generator has no init_cfg: its random weights make poor targets'
+            print_log(message, logger='current', level=logging.WARNING)
         if self.teacher is not None:
             self.teacher.load_state_dict(self.backbone.state_dict())
 
@@ -173,47 +170,40 @@ class CAE(BaseSelfSupervisor):
 
     def _split(self, images: Tensor, mask: Tensor) -> tuple[Grid, Tensor, Tensor]:
         """Grid, and indices of visible and of masked patches on the images' device."""
-        grid = self._check_grid(images, mask)
-        ids_v, ids_m = (_to_device(ids, images.device) for ids in split_mask(mask))
-        return grid, ids_v, ids_m
+        H, W = images.shape[-2:]
+        p = self.backbone.patch_size
+        h, w = grid = grid_of((H, W), p)
+        if grid != self.backbone.grid:
+            rows, columns = self.backbone.grid
+            raise ValueError(
+                f'the images are {H}x{W} pixels, but backbone.img_size is {rows * p}x{columns * p}:'
+                ' make the two equal'
+            )
+        if mask.shape[1] != h * w:
+            raise ValueError(
+                f'the masks have {mask.shape[1]} entries, but the images have {h}x{w} patches: put '
+                f'CAEMaskGenerator after the crop, with patch_size={p}'
+            )
+        ids_v, ids_m = split_mask(mask)
+        if images.is_cuda and not mask.is_cuda:  # from pinned memory the host need not wait
+            ids_v, ids_m = (ids.contiguous().pin_memory() for ids in (ids_v, ids_m))
+        device = images.device
+        return grid, ids_v.to(device, non_blocking=True), ids_m.to(device, non_blocking=True)
 
     def _check_dims(self) -> None:
         """Compare widths that no tensor operation would compare, or only on the device."""
-        patch_size = self.backbone.patch_size
-        pairs = {
-            'in_dims': (self.neck.in_dims, self.backbone.embed_dims, 'the width of the backbone'),
-            'out_dims': (
-                self.neck.out_dims,
-                self.target_generator.out_dims(patch_size),
-                f'what {type(self.target_generator).__name__} wants predicted',
-            ),
-        }
-        for name, (got, want, why) in pairs.items():
-            if got != want:
-                raise ValueError(f'neck.{name} is {got}, but must be {want}, {why}')
-
-    def _check_grid(self, images: Tensor, mask: Tensor) -> Grid:
-        grid = grid_of((images.shape[-2], images.shape[-1]), self.backbone.patch_size)
-        if grid != self.backbone.grid:
-            size = tuple(side * self.backbone.patch_size for side in self.backbone.grid)
+        neck, encoder, target = self.neck, self.backbone, self.target_generator
+        if neck.in_dims != encoder.embed_dims:
             raise ValueError(
-                f'the images are {images.shape[-2]}x{images.shape[-1]} pixels, but '
-                f'backbone.img_size is {size[0]}x{size[1]}: make the two equal'
+                f'neck.in_dims is {neck.in_dims}, but must be {encoder.embed_dims}, the width of '
+                'the backbone'
             )
-        if mask.shape[1] != grid[0] * grid[1]:
+        out_dims = target.out_dims(encoder.patch_size)
+        if neck.out_dims != out_dims:
             raise ValueError(
-                f'the masks have {mask.shape[1]} entries, but the images have '
-                f'{grid[0]}x{grid[1]} patches: put CAEMaskGenerator after the crop, with '
-                f'patch_size={self.backbone.patch_size}'
+                f'neck.out_dims is {neck.out_dims}, but must be {out_dims}, what '
+                f'{type(target).__name__} wants predicted'
             )
-        return grid
-
-
-def _to_device(ids: Tensor, device: torch.device) -> Tensor:
-    """Copy indices to the device; from pinned memory the host does not wait for the copy."""
-    if device.type == 'cuda' and ids.device.type == 'cpu':
-        ids = ids.contiguous().pin_memory()
-    return ids.to(device, non_blocking=True)
 
 
 def _leave_out_target_generator(

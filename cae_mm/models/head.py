@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor
 
+from cae_mm.models.blocks import at_least_float32
 from cae_mm.registry import MODELS
 
 
@@ -42,17 +43,14 @@ class CAEPretrainHead(BaseModule):
             ``align_cos`` (mean cosine of predicted and encoded latents) and, for tokens,
             ``token_acc`` (share of right tokens, [0, 1]) and ``target_codes`` (number of different
             tokens among the targets of this batch).
-
-        Raises:
-            ValueError: If the decoder's outputs do not fit the targets.
         """
-        y_m, z_m, z_target = _at_least_float32(y_m), _at_least_float32(z_m), z_target.detach()
+        y_m, z_m = at_least_float32(y_m), at_least_float32(z_m)
+        z_target = z_target.detach().to(z_m.dtype)
         losses = {
             'loss_main': self._main(y_m, y_target),
-            'loss_align': self.align_weight * F.mse_loss(z_m, z_target.to(z_m.dtype)),
+            'loss_align': self.align_weight * F.mse_loss(z_m, z_target),
         }
-        with torch.no_grad():
-            return losses | self._metrics(y_m, y_target, z_m, z_target)
+        return losses | self._metrics(y_m, y_target, z_m, z_target)
 
     def _main(self, y_m: Tensor, y_target: Tensor) -> Tensor:
         if not y_target.is_floating_point():
@@ -64,12 +62,11 @@ class CAEPretrainHead(BaseModule):
             )
         return F.mse_loss(y_m, y_target.to(y_m.dtype))
 
+    @torch.no_grad()
     def _metrics(
         self, y_m: Tensor, y_target: Tensor, z_m: Tensor, z_target: Tensor
     ) -> dict[str, Tensor]:
-        metrics = {
-            'align_cos': F.cosine_similarity(z_m, z_target.to(z_m.dtype), dim=-1).mean(),
-        }
+        metrics = {'align_cos': F.cosine_similarity(z_m, z_target, dim=-1).mean()}
         if not y_target.is_floating_point():
             seen = y_m.new_zeros(y_m.shape[-1]).scatter_(0, y_target.flatten(), 1.0)
             metrics['token_acc'] = (y_m.argmax(-1) == y_target).float().mean()
@@ -90,14 +87,10 @@ def latent_std(z_m: Tensor, ids_m: Tensor, num_patches: int) -> Tensor:
     Returns:
         Scalar: mean over channels and over patches that are masked in two images or more.
     """
-    z, ids = _at_least_float32(z_m).flatten(0, 1), ids_m.flatten()  # [B*M, D], [B*M]
+    z, ids = at_least_float32(z_m).flatten(0, 1), ids_m.flatten()  # [B*M, D], [B*M]
     counts = z.new_zeros(num_patches, 1).index_add_(0, ids, torch.ones_like(z[:, :1]))  # [N, 1]
     sums = z.new_zeros(num_patches, z.shape[1])  # [N, D]
     means = sums.index_add(0, ids, z) / counts.clamp(min=1)
     variances = sums.index_add(0, ids, (z - means[ids]) ** 2) / counts.clamp(min=1)
     shared = counts > 1
     return (variances.sqrt() * shared).sum() / (shared.sum().clamp(min=1) * z.shape[1])
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

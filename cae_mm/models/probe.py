@@ -11,7 +11,12 @@ import torch
 from mmpretrain.models.heads import LinearClsHead
 from torch import Tensor, nn
 
-from cae_mm.models.blocks import CrossAttention, LayerNorm, init_linear_and_norm
+from cae_mm.models.blocks import (
+    CrossAttention,
+    LayerNorm,
+    at_least_float32,
+    init_linear_and_norm,
+)
 from cae_mm.registry import MODELS
 
 INIT = dict(type='TruncNormal', layer='Linear', std=0.01)  # MAE's, which the official probe takes
@@ -43,7 +48,7 @@ class LinearProbeHead(LinearClsHead):
                 f'LinearProbeHead takes (B, D), not {tuple(feature.shape)}: set '
                 "the backbone to out_type='cls_token' or 'avg_featmap'"
             )
-        return self.norm(feature.to(torch.promote_types(feature.dtype, torch.float32)))
+        return self.norm(at_least_float32(feature))
 
 
 @MODELS.register_module()

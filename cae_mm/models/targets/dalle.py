@@ -8,6 +8,8 @@ References:
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,8 +19,6 @@ from torch import Tensor, nn
 from cae_mm.checkpoints import PretrainedModule
 from cae_mm.models.targets.tokenizer import Tokenizer, without_autocast
 from cae_mm.registry import MODELS
-
-NUM_GROUPS = 4
 
 
 class Conv2d(nn.Module):
@@ -38,39 +38,44 @@ class Conv2d(nn.Module):
 class ResBlock(nn.Module):
     """Bottleneck block; encoder and decoder differ in where the 1x1 convolution stands."""
 
-    def __init__(self, n_in: int, n_out: int, kernels: tuple[int, ...], num_blocks: int) -> None:
+    def __init__(self, n_in: int, n_out: int, kernels: Sequence[int], gain: float) -> None:
         super().__init__()
-        n_hid = n_out // 4
-        self.post_gain = 1 / num_blocks**2
+        self.post_gain = gain
         self.id_path = Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
-        widths = [n_in, n_hid, n_hid, n_hid, n_out]
-        layers: OrderedDict[str, nn.Module] = OrderedDict()
-        for i, kernel in enumerate(kernels):
-            layers[f'relu_{i + 1}'] = nn.ReLU()
-            layers[f'conv_{i + 1}'] = Conv2d(widths[i], widths[i + 1], kernel)
-        self.res_path = nn.Sequential(layers)
+        layers: dict[str, nn.Module] = {}
+        widths = [n_in, *[n_out // 4] * 3, n_out]
+        for i, (conv, kernel) in enumerate(zip(pairwise(widths), kernels, strict=True), start=1):
+            layers |= {f'relu_{i}': nn.ReLU(), f'conv_{i}': Conv2d(*conv, kernel)}
+        self.res_path = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform ``x``, shape (B, n_in, H, W)."""
         return self.id_path(x) + self.post_gain * self.res_path(x)
 
 
-def _groups(
-    widths: list[int], blocks_per_group: int, kernels: tuple[int, ...], resample: dict[str, Any]
-) -> OrderedDict[str, nn.Module]:
-    """Groups of blocks with a resampling layer behind all but the last group."""
-    groups: OrderedDict[str, nn.Module] = OrderedDict()
-    for g in range(NUM_GROUPS):
-        layers: OrderedDict[str, nn.Module] = OrderedDict()
-        for b in range(blocks_per_group):
-            n_in = widths[g] if b == 0 else widths[g + 1]
-            layers[f'block_{b + 1}'] = ResBlock(
-                n_in, widths[g + 1], kernels, NUM_GROUPS * blocks_per_group
+def _network(
+    first: nn.Module,
+    widths: Sequence[int],
+    blocks_per_group: int,
+    kernels: Sequence[int],
+    resample: dict[str, nn.Module],
+    n_out: int,
+) -> nn.Sequential:
+    """Groups of blocks with a resampling layer behind all but the last, and an output layer."""
+    layers = {'input': first}
+    num_groups = len(widths) - 1
+    for g, (n_in, n_hid) in enumerate(pairwise(widths), start=1):
+        group: dict[str, nn.Module] = {
+            f'block_{b + 1}': ResBlock(
+                n_hid if b else n_in, n_hid, kernels, gain=1 / (num_groups * blocks_per_group) ** 2
             )
-        if g < NUM_GROUPS - 1:
-            layers[resample['name']] = resample['layer']
-        groups[f'group_{g + 1}'] = nn.Sequential(layers)
-    return groups
+            for b in range(blocks_per_group)
+        }
+        if g < num_groups:
+            group |= resample
+        layers[f'group_{g}'] = nn.Sequential(OrderedDict(group))
+    output = OrderedDict(relu=nn.ReLU(), conv=Conv2d(widths[-1], n_out, 1))
+    return nn.Sequential(OrderedDict(layers | {'output': nn.Sequential(output)}))
 
 
 @MODELS.register_module()
@@ -100,19 +105,13 @@ class DALLEEncoder(Tokenizer):
         super().__init__(init_cfg)
         self.vocab_size = vocab_size
         self.mixed_precision = mixed_precision
-        self.blocks: Any = nn.Sequential(
-            OrderedDict(
-                input=Conv2d(3, n_hid, 7),
-                **_groups(
-                    [n_hid, n_hid, 2 * n_hid, 4 * n_hid, 8 * n_hid],
-                    blocks_per_group,
-                    kernels=(3, 3, 3, 1),
-                    resample=dict(name='pool', layer=nn.MaxPool2d(2)),
-                ),
-                output=nn.Sequential(
-                    OrderedDict(relu=nn.ReLU(), conv=Conv2d(8 * n_hid, vocab_size, 1))
-                ),
-            )
+        self.blocks: Any = _network(
+            Conv2d(3, n_hid, 7),
+            [n_hid, n_hid, 2 * n_hid, 4 * n_hid, 8 * n_hid],
+            blocks_per_group,
+            kernels=(3, 3, 3, 1),
+            resample={'pool': nn.MaxPool2d(2)},
+            n_out=vocab_size,
         )
         self.to(memory_format=torch.channels_last)
 
@@ -157,17 +156,13 @@ class DALLEDecoder(PretrainedModule):
     ) -> None:
         super().__init__(init_cfg)
         self.vocab_size = vocab_size
-        self.blocks: Any = nn.Sequential(
-            OrderedDict(
-                input=Conv2d(vocab_size, n_init, 1),
-                **_groups(
-                    [n_init, 8 * n_hid, 4 * n_hid, 2 * n_hid, n_hid],
-                    blocks_per_group,
-                    kernels=(1, 3, 3, 3),
-                    resample=dict(name='upsample', layer=nn.Upsample(scale_factor=2)),
-                ),
-                output=nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Conv2d(n_hid, 6, 1))),
-            )
+        self.blocks: Any = _network(
+            Conv2d(vocab_size, n_init, 1),
+            [n_init, 8 * n_hid, 4 * n_hid, 2 * n_hid, n_hid],
+            blocks_per_group,
+            kernels=(1, 3, 3, 3),
+            resample={'upsample': nn.Upsample(scale_factor=2)},
+            n_out=6,
         )
 
     @torch.no_grad()

@@ -71,14 +71,11 @@ class DiscreteVAE(Tokenizer, BaseModel):
         self.vocab_size = vocab_size
         self.usage_weight = usage_weight
         self.temperature = temperature
-        stages = int(math.log2(self.reduction))
-        D = hidden_dims
-        down = [
-            (nn.Conv2d(D if i else 3, D, 4, stride=2, padding=1), nn.ReLU()) for i in range(stages)
-        ]
-        up = [(nn.ConvTranspose2d(D, D, 4, stride=2, padding=1), nn.ReLU()) for _ in range(stages)]
+        D, relu = hidden_dims, nn.ReLU()
+        down = [nn.Conv2d(n_in, D, 4, stride=2, padding=1) for n_in in (3, D, D)]
+        up = [nn.ConvTranspose2d(D, D, 4, stride=2, padding=1) for _ in range(3)]
         self.encoder = nn.Sequential(
-            *(layer for pair in down for layer in pair),
+            *(layer for conv in down for layer in (conv, relu)),
             *(ResBlock(D) for _ in range(num_res_blocks)),
         )
         self.output = nn.Linear(D, vocab_size)
@@ -86,7 +83,7 @@ class DiscreteVAE(Tokenizer, BaseModel):
         self.decoder = nn.Sequential(
             nn.Conv2d(codebook_dims, D, 1),
             *(ResBlock(D) for _ in range(num_res_blocks)),
-            *(layer for pair in up for layer in pair),
+            *(layer for conv in up for layer in (conv, relu)),
             nn.Conv2d(D, 3, 1),
         )
 
@@ -124,8 +121,9 @@ class DiscreteVAE(Tokenizer, BaseModel):
         codes = (soft @ self.codebook.weight).movedim(-1, 1)  # [B, D', h, w]
         rec = self.decoder(codes)
         usage = logits.softmax(-1).flatten(0, 2).mean(0)  # [K]
+        best = logits.argmax(-1).flatten()  # [B*h*w]
         hard = torch.zeros_like(usage).scatter_add_(
-            0, logits.argmax(-1).flatten(), torch.ones_like(logits[..., 0]).flatten()
+            0, best, torch.ones_like(best, dtype=usage.dtype)
         )
         return {
             'loss_rec': F.mse_loss(rec.float(), images),
