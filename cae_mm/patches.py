@@ -1,6 +1,5 @@
 """Images as grids of patches, and which of the patches a mask hides."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -15,30 +14,23 @@ def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def grid_of(size: Sequence[int], patch_size: int) -> Grid:
-    """Rows and columns of patches in an image of ``size`` (height, width) pixels.
-
-    Raises:
-        ValueError: If the size is not a multiple of the patch size.
-    """
-    if size[0] % patch_size or size[1] % patch_size:
-        up = tuple(math.ceil(side / patch_size) * patch_size for side in size)
+    """Rows and columns of patches in an image of ``size`` (height, width) pixels."""
+    H, W = size
+    p = patch_size
+    if H % p or W % p:
         raise ValueError(
-            f'an image of {size[0]}x{size[1]} pixels cannot be cut into patches of '
-            f'{patch_size}x{patch_size}: resize or pad it, for example to {up[0]}x{up[1]}'
+            f'an image of {H}x{W} pixels cannot be cut into patches of {p}x{p}: resize or pad it, '
+            f'for example to {H + -H % p}x{W + -W % p}'
         )
-    return size[0] // patch_size, size[1] // patch_size
+    return H // p, W // p
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Cut images into flat patches.
-
-    Args:
-        images: Tensor with shape (B, C, H, W); H and W are multiples of ``patch_size``.
-        patch_size: Side p of a patch in pixels.
+    """Cut images, shape (B, C, H, W), into flat patches of p x p pixels, in row-major order.
 
     Returns:
-        Tensor with shape (B, N, C * p * p), N = H/p * W/p in row-major order; the last axis is
-        ordered as a convolution's weight (C, p, p).
+        Tensor with shape (B, H/p * W/p, C * p * p), whose last axis is ordered as a convolution's
+        weight (C, p, p).
     """
     B, C, H, W = images.shape
     p = patch_size
@@ -66,16 +58,8 @@ def unpadded_grids(patches: Tensor, grid: Grid) -> Tensor:
 
 
 def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
-    """Take the tokens ``ids`` of each image.
-
-    Args:
-        x: Tensor with shape (B, N, D).
-        ids: Integer tensor with shape (B, K), values in [0, N).
-
-    Returns:
-        Tensor with shape (B, K, D).
-    """
-    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    """Take the tokens ``ids``, shape (B, K), of each image from ``x``, shape (B, N, D)."""
+    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # [B, K, D]
 
 
 def split_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,14 +69,10 @@ def split_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
     for; with the mask on a device the number of masked patches has to be read back from it.
 
     Args:
-        mask: Bool tensor with shape (B, N), True = masked.
+        mask: Bool tensor with shape (B, N), True = masked, M times in each image.
 
     Returns:
         Two int64 tensors with shapes (B, N - M) and (B, M).
-
-    Raises:
-        ValueError: If the images of the batch have different numbers of masked patches, or if all
-            or none of the patches are masked.
     """
     counts = mask.sum(1).tolist()
     M, N = counts[0], mask.shape[1]

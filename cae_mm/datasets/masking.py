@@ -58,29 +58,22 @@ class CAEMaskGenerator(BaseTransform):
         return results
 
     def generate(self, grid: Grid) -> np.ndarray:
-        """Draw one mask for ``grid`` (rows, columns).
-
-        Raises:
-            ValueError: If ``mask_ratio`` hides no patch of this grid.
-        """
-        num_masked = int(self.mask_ratio * grid[0] * grid[1])
+        """Draw one mask for ``grid`` (rows, columns)."""
+        h, w = grid
+        num_masked = int(self.mask_ratio * h * w)
         if num_masked == 0:
-            raise ValueError(
-                f'mask_ratio={self.mask_ratio} hides no patch of a {grid[0]}x{grid[1]} grid'
-            )
+            raise ValueError(f'mask_ratio={self.mask_ratio} hides no patch of a {h}x{w} grid')
         mask = np.zeros(grid, dtype=bool)
         if self.strategy == 'block':
             self._add_blocks(mask, num_masked)
         # 'random' draws all patches here; 'block' what the last blocks could not fill
-        rest = np.random.choice(
-            np.flatnonzero(~mask), num_masked - np.count_nonzero(mask), replace=False
-        )
-        mask.flat[rest] = True
+        missing = num_masked - np.count_nonzero(mask)
+        mask.flat[np.random.choice(np.flatnonzero(~mask), missing, replace=False)] = True
         return mask
 
     def _add_blocks(self, mask: np.ndarray, num_masked: int) -> None:
         H, W = mask.shape
-        missing: int = num_masked
+        missing = num_masked
         for _ in range(MAX_TRIES):
             # BEiT's bounds: once fewer than min_block patches are missing, the block may be as
             # small as that, or overlap what is masked already
@@ -99,7 +92,5 @@ class CAEMaskGenerator(BaseTransform):
                 return
 
     def __repr__(self) -> str:
-        return (
-            f'{type(self).__name__}(strategy={self.strategy!r}, mask_ratio={self.mask_ratio}, '
-            f'patch_size={self.patch_size})'
-        )
+        options = f'mask_ratio={self.mask_ratio}, patch_size={self.patch_size}'
+        return f'{type(self).__name__}(strategy={self.strategy!r}, {options})'

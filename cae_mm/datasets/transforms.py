@@ -49,9 +49,8 @@ class TwoViewResizedCrop(BaseTransform):
     ) -> None:
         for name in (interpolation, second_interpolation):
             if name not in INTERPOLATIONS:
-                raise ValueError(
-                    f"Unknown interpolation '{name}': choose one of {tuple(INTERPOLATIONS)}"
-                )
+                names = tuple(INTERPOLATIONS)
+                raise ValueError(f"Unknown interpolation '{name}': choose one of {names}")
         for name, (low, high) in dict(scale=scale, ratio=ratio).items():
             if not 0 < low <= high:
                 raise ValueError(f'{name} must be (low, high) with 0 < low <= high')
@@ -68,9 +67,7 @@ class TwoViewResizedCrop(BaseTransform):
         find_crop = self._central_crop if self.central else self._draw_crop
         left, top, width, height = find_crop(*image.size)
         crop = image.crop((left, top, left + width, top + height))
-        results['img'] = [
-            np.array(crop.resize((size[1], size[0]), how)) for size, how in self.views
-        ]
+        results['img'] = [np.array(crop.resize((w, h), how)) for (h, w), how in self.views]
         results['img_shape'] = self.views[0][0]
         return results
 

@@ -39,10 +39,7 @@ def _plain(values: Tensor | None) -> tuple[float, ...] | None:
 def build_encoder(description: EncoderDescription, **options: Any) -> CAEViT:
     """Build the ``CAEViT`` that is described; layer scales are among its weights.
 
-    Args:
-        description: Its sizes.
-        options: Further options of ``CAEViT``; by default its output is what the final norm is
-            applied to.
+    By default its output is what the final norm is applied to; ``options`` are those of ``CAEViT``.
     """
     d = description
     arch = dict(embed_dims=d.embed_dims, depth=d.depth, num_heads=d.num_heads, layer_scale=0.1)

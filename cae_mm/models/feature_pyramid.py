@@ -5,6 +5,7 @@ downstream_tasks/semantic_segmentation/backbone/cae.py
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from mmcv.cnn import build_norm_layer
@@ -52,9 +53,6 @@ class ViTFeaturePyramid(BaseModule):
 
         Returns:
             One map per stride, (B, D, H/stride, W/stride).
-
-        Raises:
-            ValueError: If there are neither one nor as many maps as strides.
         """
         if len(maps) not in (1, len(self.levels)):
             raise ValueError(
@@ -66,15 +64,12 @@ class ViTFeaturePyramid(BaseModule):
 
 
 def _make_level(dim: int, patch_size: int, stride: int, norm_cfg: dict[str, Any]) -> nn.Module:
+    twice = partial(nn.ConvTranspose2d, dim, dim, 2, stride=2)
     if patch_size == 4 * stride:
-        return nn.Sequential(
-            nn.ConvTranspose2d(dim, dim, 2, stride=2),
-            build_norm_layer(norm_cfg, dim)[1],
-            nn.GELU(),
-            nn.ConvTranspose2d(dim, dim, 2, stride=2),
-        )
+        norm = build_norm_layer(norm_cfg, dim)[1]
+        return nn.Sequential(twice(), norm, nn.GELU(), twice())
     if patch_size == 2 * stride:
-        return nn.Sequential(nn.ConvTranspose2d(dim, dim, 2, stride=2))
+        return nn.Sequential(twice())
     if stride % patch_size == 0:
         # ceil_mode (official: without) keeps the last row and column of odd maps
         factor = stride // patch_size

@@ -127,10 +127,6 @@ def num_relative_positions(grid: Grid) -> int:
 def relative_position_index(grid: Grid, device: torch.device) -> Tensor:
     """Entry of the relative position table for each pair of tokens, in BEiT's order.
 
-    Args:
-        grid: Rows h and columns w of the patches.
-        device: Where to put it.
-
     Returns:
         int64 tensor with shape (1 + h * w, 1 + h * w), class token first; rows are queries. The
         last three entries of a table are class token to patch, patch to class token, and class

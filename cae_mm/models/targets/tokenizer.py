@@ -44,17 +44,15 @@ class Tokenizer(PretrainedModule):
 
         Returns:
             int64 tensor with shape (B, M).
-
-        Raises:
-            ValueError: If the image does not give one token per patch.
         """
         features = self.encode_features(images)
         if tuple(features.shape[-2:]) != tuple(grid):
-            want = tuple(side * self.reduction for side in grid)
+            seen, view, tokens = (
+                f'{h}x{w}' for h, w in (grid, images.shape[2:], features.shape[2:])
+            )
             raise ValueError(
-                f'the encoder sees {grid[0]}x{grid[1]} patches, but a second view of '
-                f'{images.shape[-2]}x{images.shape[-1]} pixels gives {features.shape[-2]}x'
-                f'{features.shape[-1]} tokens: set second_size={want}'
+                f'the encoder sees {seen} patches, but a second view of {view} pixels gives '
+                f'{tokens} tokens: set second_size={tuple(side * self.reduction for side in grid)}'
             )
         features = features.flatten(2).transpose(1, 2)  # [B, N, C]
         return self.classify(gather_tokens(features, ids)).argmax(-1)
