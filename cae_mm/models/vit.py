@@ -26,13 +26,11 @@ from cae_mm.models.positions import SinCosPositions, fit_bias_tables
 from cae_mm.patches import Grid, gather_tokens, grid_of, patchify, to_pair, unpadded_grids
 from cae_mm.registry import MODELS
 
-# Sizes: paper, "Training Details" (S, B, L) and "Downstream Tasks" (H).
+# Sizes: paper, "Training Details" (S, B, L) and "Downstream Tasks" (H); tiny: standard ViT-Ti.
 # Layer scale: official scripts, --layer_scale_init_value (S, B: 0.1, L: 1e-5).
 ARCHS: dict[str, dict[str, Any]] = {
-    # of the demo and the comparison on Imagenette: trains on a CPU
-    'mini': dict(embed_dims=192, depth=6, num_heads=3, layer_scale=0.1),
-    # the official cae_tiny has 12 heads; 3 is the standard ViT-Ti
-    'tiny': dict(embed_dims=192, depth=12, num_heads=3, layer_scale=0.1),
+    'mini': dict(embed_dims=192, depth=6, num_heads=3, layer_scale=0.1),  # trains on a CPU
+    'tiny': dict(embed_dims=192, depth=12, num_heads=3, layer_scale=0.1),  # official: 12 heads
     # the paper says "standard ViT-S", that is 6 heads; the official cae_small has 12
     'small': dict(embed_dims=384, depth=12, num_heads=6, layer_scale=0.1),
     'base': dict(embed_dims=768, depth=12, num_heads=12, layer_scale=0.1),
@@ -48,8 +46,8 @@ class CAEViT(PretrainedModule):
 
     Args:
         arch: A name in ``ARCHS``, or a dict with the keys of its entries.
-        img_size: Height and width in pixels of the images in pretraining. Elsewhere any size will
-            do: it is what relative position tables are made for and resized from.
+        img_size: Height and width in pixels: of the images in pretraining; elsewhere, where any
+            size will do, those that relative position tables are made for.
         pretrain_img_size: Height and width in pixels of pretraining, where the checkpoint that is
             loaded does not say; None means ``img_size``. Other sizes get positions resized
             bicubically from these, as in the official downstream code.
@@ -60,18 +58,17 @@ class CAEViT(PretrainedModule):
         in_channels: Channels of the images.
         mlp_ratio: Hidden width of the MLPs over the width.
         drop_path_rate: Drop path of the last block; grows linearly from 0 over depth.
-        out_indices: Blocks whose outputs ``forward`` returns, in ascending order, counted from 0;
-            negative numbers count from the end.
+        out_indices: Blocks whose outputs ``forward`` returns, in ascending order, as in a list.
         out_type: What is returned of each of them: 'raw' tokens (B, 1 + N, D) with the class
             token first, 'cls_token' (B, D), 'featmap' (B, D, H/p, W/p) or 'avg_featmap' (B, D),
             the mean over patches before the final norm (official ``fc_norm``).
-        use_rel_pos_bias: Learn a relative position bias in each block, from zero: fine-tuning and
+        use_rel_pos_bias: Learn a relative position bias in each block: fine-tuning and
             segmentation have it, pretraining has not.
-        final_norm: Whether the last block's output is normalised. The official dense prediction
-            code does not; the final norm's weights in a checkpoint are then left out.
+        final_norm: Whether the last block's output is normalised; the official dense prediction
+            code does not.
         window_size: Side in patches of the windows that all blocks but ``global_blocks`` attend
             in, as ViTDet for large images; None for global attention everywhere.
-        global_blocks: Blocks with global attention where there are windows, counted from 0.
+        global_blocks: Blocks with global attention where there are windows.
         frozen_stages: Number of blocks that are frozen with everything before them; -1 freezes
             nothing, ``depth`` freezes all, the final norm included.
         with_cp: Recompute each block's activations in the backward pass to save memory.
@@ -101,8 +98,7 @@ class CAEViT(PretrainedModule):
     ) -> None:
         super().__init__(init_cfg)
         arch = _resolve_arch(arch)
-        self.embed_dims = arch['embed_dims']
-        self.depth = arch['depth']
+        self.embed_dims, self.depth = arch['embed_dims'], arch['depth']
         self.patch_size = patch_size
         self.grid = grid_of(to_pair(img_size), patch_size)
         self.out_indices = self._resolve_indices('out_indices', out_indices)
@@ -117,8 +113,8 @@ class CAEViT(PretrainedModule):
 
         self.patch_embed = PatchEmbed(in_channels, patch_size, self.embed_dims)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dims))
-        pretrain_grid = grid_of(to_pair(pretrain_img_size or img_size), patch_size)
-        self.positions = SinCosPositions(self.embed_dims, base_grid=pretrain_grid)
+        base_grid = grid_of(to_pair(pretrain_img_size or img_size), patch_size)
+        self.positions = SinCosPositions(self.embed_dims, base_grid)
         self.blocks = nn.ModuleList(
             Block(
                 self.embed_dims,
@@ -232,17 +228,13 @@ class CAEViT(PretrainedModule):
         The final norm is left out where this model has none; relative position tables are resized
         bicubically to this model's grid, or zero where there are none.
 
-        Args:
-            state: Weights of an encoder, without prefix; left as it is.
-
         Returns:
-            The weights, and a remark for each of these changes.
+            A copy of ``state`` with these changes, and a remark for each of them.
         """
-        state, remarks = dict(state), []
-        if isinstance(self.norm, nn.Identity):
-            dropped = [state.pop(key, None) for key in ('norm.weight', 'norm.bias')]
-            if any(weight is not None for weight in dropped):
-                remarks.append('the final norm is left out: final_norm=False')
+        state, remarks, final_norm = dict(state), [], {'norm.weight', 'norm.bias'}
+        if isinstance(self.norm, nn.Identity) and state.keys() & final_norm:
+            state = {key: value for key, value in state.items() if key not in final_norm}
+            remarks.append('the final norm is left out: final_norm=False')
         if self.bias_grid is not None:
             remarks += fit_bias_tables(state, self.state_dict(), self.bias_grid)
         return state, remarks
@@ -251,11 +243,8 @@ class CAEViT(PretrainedModule):
         """Return a parameter's layer for layer-wise learning rate decay, and the number of layers.
 
         As in the official ``get_num_layer_for_vit``: 0 for the embeddings, i + 1 for block i,
-        depth + 1 for all the rest (the final norm and what lies outside the backbone).
-
-        Args:
-            param_name: Name of the parameter, with ``prefix``.
-            prefix: The backbone's place in the model, for example 'backbone.'.
+        depth + 1 for all the rest (the final norm and what lies outside the backbone, whose
+        parameters' names start with ``prefix``).
         """
         blocks, last = f'{prefix}blocks.', self.depth + 1
         if param_name.startswith(blocks):
