@@ -75,6 +75,24 @@ def make_batch(
     return views, [DataSample(mask=mask) for mask in masks]
 
 
+def equal(a: Any, b: Any) -> None:
+    """Assert that tensors are the same bit for bit."""
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def close(a: Any, b: Any, tolerance: float = 1e-10) -> None:
+    """Assert that tensors are the same up to rounding in float64."""
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def randomize(module: torch.nn.Module, std: float = 0.3) -> Any:
+    """Make all parameters differ from each other and from 0 and 1, seeded."""
+    torch.manual_seed(0)
+    for param in module.parameters():
+        torch.nn.init.normal_(param, std=std)
+    return module
+
+
 def make_images(folder: Path, classes: dict[str, int], count: int) -> Path:
     """A labelled folder with images of noise, for each class up to a brightness."""
     rng = np.random.default_rng(0)

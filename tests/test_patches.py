@@ -3,13 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import equal
 from torch import nn
 
 from cae_mm.patches import gather_tokens, grid_of, patchify, split_mask, to_pair, unpadded_grids
-
-
-def equal(a, b):
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(('height', 'width', 'p'), [(32, 32, 8), (16, 48, 8), (60, 20, 5)])

@@ -2,8 +2,10 @@
 
 import math
 
+import official_reference as official
 import pytest
 import torch
+from builders import close, equal, randomize
 from torch import nn
 
 from cae_mm.models.blocks import (
@@ -16,63 +18,24 @@ from cae_mm.models.blocks import (
     trunc_normal_,
 )
 
-CPU = torch.device('cpu')
+
+def tokens(*counts):
+    return [torch.randn(2, count, 12, dtype=torch.float64) for count in counts]
 
 
-def randomize(module):
-    """Make all parameters differ from each other and from 0 and 1; float64, eval mode."""
-    torch.manual_seed(0)
-    module = module.double().eval()
-    for param in module.parameters():
-        nn.init.normal_(param, std=0.5)
-    return module
+def test_attention_head_by_head():
+    attention = randomize(Attention(12, 3).double())
+    [x] = tokens(5)
+    q, k, v = (x @ w.T for w in attention.qkv.weight.chunk(3))
+    y = official.attend(q + attention.q_bias, k, v + attention.v_bias, heads=3)
+    close(attention(x), attention.proj(y))
 
 
-def equal(a, b):
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-
-
-def naive_attention(q, k, v, num_heads):
-    """Softmax attention of one image, query by query and head by head."""
-    out = torch.zeros(len(q), q.shape[1], dtype=q.dtype)
-    size = q.shape[1] // num_heads
-    for head in range(num_heads):
-        part = slice(head * size, (head + 1) * size)
-        for i in range(len(q)):
-            scores = torch.stack([q[i, part] @ key / math.sqrt(size) for key in k[:, part]])
-            weights = scores.exp() / scores.exp().sum()
-            out[i, part] = sum(w * value for w, value in zip(weights, v[:, part], strict=True))
-    return out
-
-
-def test_attention_against_loops():
-    attention = randomize(Attention(12, 3))
-    x = torch.randn(2, 5, 12, dtype=torch.float64)
-    w_q, w_k, w_v = attention.qkv.weight.chunk(3)
-    for got, tokens in zip(attention(x), x, strict=True):
-        q = tokens @ w_q.T + attention.q_bias
-        v = tokens @ w_v.T + attention.v_bias
-        y = naive_attention(q, tokens @ w_k.T, v, 3)
-        close(got, y @ attention.proj.weight.T + attention.proj.bias)
-
-
-def test_cross_attention_against_loops():
-    attention = randomize(CrossAttention(12, 3))
-    q, k, v = (torch.randn(2, n, 12, dtype=torch.float64) for n in (4, 6, 6))
-    got = attention(q, k, v)
-    assert got.shape == (2, 4, 12)
-    for b in range(2):
-        y = naive_attention(
-            q[b] @ attention.q.weight.T + attention.q.bias,
-            k[b] @ attention.k.weight.T,
-            v[b] @ attention.v.weight.T + attention.v.bias,
-            3,
-        )
-        close(got[b], y @ attention.proj.weight.T + attention.proj.bias)
+def test_cross_attention_head_by_head():
+    attention = randomize(CrossAttention(12, 3).double())
+    q, k, v = tokens(4, 6, 6)
+    y = official.attend(attention.q(q), attention.k(k), attention.v(v), heads=3)
+    close(attention(q, k, v), attention.proj(y))
 
 
 @pytest.mark.parametrize(
@@ -90,25 +53,19 @@ def test_keys_have_no_bias(kind, names):
 
 
 def test_mlp_by_hand():
-    mlp = randomize(Mlp(4, mlp_ratio=1.5))
-    assert mlp.fc1.out_features == 6
-    x = torch.randn(3, 4, dtype=torch.float64)
+    mlp = randomize(Mlp(12, mlp_ratio=1.5).double())
+    assert mlp.fc1.out_features == 18
+    [x] = tokens(3)
     hidden = x @ mlp.fc1.weight.T + mlp.fc1.bias
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))  # GELU, not approximated
     close(mlp(x), hidden @ mlp.fc2.weight.T + mlp.fc2.bias)
 
 
-def naive_norm(x, norm):
-    mean = x.mean(-1, keepdim=True)
-    variance = ((x - mean) ** 2).mean(-1, keepdim=True)
-    return (x - mean) / (variance + 1e-6).sqrt() * norm.weight + norm.bias
-
-
-def test_block_by_hand():
-    block = randomize(Block(8, 2, mlp_ratio=2.0, drop_path=0.5))  # in eval mode nothing is dropped
-    x = torch.randn(2, 5, 8, dtype=torch.float64)
-    y = x + block.gamma_1 * block.attn(naive_norm(x, block.norm1))
-    close(block(x), y + block.gamma_2 * block.mlp(naive_norm(y, block.norm2)))
+def test_block_is_the_official_one():
+    block = randomize(Block(12, 2, mlp_ratio=2.0, drop_path=0.5).double())
+    [x] = tokens(5)
+    block.eval()  # nothing is dropped
+    close(block(x), official.block(x, block.state_dict(), '', heads=2))
 
 
 def test_layer_scale_is_per_channel():
@@ -119,7 +76,7 @@ def test_layer_scale_is_per_channel():
 
 def test_drop_path_skips_branches_of_whole_images():
     """A kept branch is scaled by 1 / (1 - rate); so each image has one of four outputs."""
-    block = randomize(Block(8, 2, drop_path=0.25)).train()
+    block = randomize(Block(8, 2, drop_path=0.25).double(), std=0.5)
     x = torch.randn(1, 3, 8, dtype=torch.float64).expand(200, 3, 8)
     torch.manual_seed(0)
     out = block(x)

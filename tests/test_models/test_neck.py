@@ -1,72 +1,35 @@
 import math
 
+import official_reference as official
 import pytest
 import torch
-from builders import GRID, VOCAB, WIDTH, build_cae
+from builders import GRID, VOCAB, WIDTH, build_cae, close, randomize
 
 from cae_mm.models import CAENeck
 from cae_mm.models.neck import RegressorBlock
 
-
-def layer_norm(x, norm):
-    mean = sum(x) / len(x)
-    variance = sum((v - mean) ** 2 for v in x) / len(x)
-    normed = [(v - mean) / math.sqrt(variance + 1e-6) for v in x]
-    return [n * w + b for n, w, b in zip(normed, norm.weight.tolist(), norm.bias.tolist())]
-
-
-def linear(x, layer):
-    bias = layer.bias.tolist() if layer.bias is not None else [0.0] * layer.out_features
-    return [sum(w * v for w, v in zip(row, x)) + b for row, b in zip(layer.weight.tolist(), bias)]
-
-
-def gelu(v):
-    return 0.5 * v * (1 + math.erf(v / math.sqrt(2)))
+OFFICIAL_NAMES = [
+    ('norm_', 'norm1_'),
+    ('norm2', 'norm2_cross'),
+    ('.q.bias', '.q_bias'),
+    ('.v.bias', '.v_bias'),
+    ('attn.', 'cross_attn.'),
+    ('mlp.', 'mlp_cross.'),
+    ('gamma_1', 'gamma_1_cross'),
+    ('gamma_2', 'gamma_2_cross'),
+]
 
 
-def add(x, y):
-    return [a + b for a, b in zip(x, y)]
-
-
-def naive_block(block, x_m, z_v, pos_m, pos_v):
-    """The regressor block, one image, one token and one head at a time."""
-    heads, D = block.attn.num_heads, len(x_m[0])
-    d = D // heads
-    everything, positions = z_v + x_m, pos_v + pos_m
-    k = [
-        linear(layer_norm(add(x, p), block.norm_k), block.attn.k)
-        for x, p in zip(everything, positions)
-    ]
-    v = [linear(layer_norm(x, block.norm_v), block.attn.v) for x in everything]
-    out = []
-    for x, p in zip(x_m, pos_m):
-        q = linear(layer_norm(add(x, p), block.norm_q), block.attn.q)
-        attended = []
-        for h in range(heads):
-            part = slice(h * d, (h + 1) * d)
-            scores = [sum(a * b for a, b in zip(q[part], key[part])) / math.sqrt(d) for key in k]
-            weights = [math.exp(s - max(scores)) for s in scores]
-            weights = [w / sum(weights) for w in weights]
-            attended += [sum(w * val[part][i] for w, val in zip(weights, v)) for i in range(d)]
-        attended = linear(attended, block.attn.proj)
-        x = [a + g * b for a, g, b in zip(x, block.gamma_1.tolist(), attended)]
-        x = layer_norm(x, block.norm2)
-        hidden = [gelu(u) for u in linear(x, block.mlp.fc1)]
-        x = [a + g * b for a, g, b in zip(x, block.gamma_2.tolist(), linear(hidden, block.mlp.fc2))]
-        out.append(x)
-    return out
-
-
-def test_regressor_block_equals_a_loop_by_hand():
-    torch.manual_seed(0)
-    block = RegressorBlock(8, 2, layer_scale=0.5).double()
-    for param in block.parameters():
-        torch.nn.init.normal_(param, std=0.3)
-    x_m, pos_m = torch.randn(2, 1, 3, 8, dtype=torch.float64)
-    z_v, pos_v = torch.randn(2, 1, 4, 8, dtype=torch.float64)
-    got = block(x_m, z_v, pos_m, torch.cat([pos_v, pos_m], 1))
-    want = naive_block(block, *(x[0].tolist() for x in (x_m, z_v, pos_m, pos_v)))
-    torch.testing.assert_close(got[0], torch.tensor(want, dtype=torch.float64), rtol=1e-9, atol=0)
+def test_regressor_block_is_the_official_one():
+    block = randomize(RegressorBlock(8, 2).double())
+    state = {}
+    for name, value in block.state_dict().items():
+        for ours, theirs in OFFICIAL_NAMES:
+            name = name.replace(ours, theirs)
+        state[name] = value
+    x_m, z_v, pos_m, pos = (torch.randn(2, n, 8, dtype=torch.float64) for n in (3, 4, 3, 7))
+    expected = official.regressor_block(x_m, z_v, pos_m, pos, state, '', heads=2)
+    close(block(x_m, z_v, pos_m, pos), expected)
 
 
 def neck_and_latents():

@@ -5,14 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import equal
 
 from cae_mm.models.positions import SinCosPositions, sincos_positions
 
 CPU = torch.device('cpu')
-
-
-def equal(a, b):
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('grid', [(4, 4), (3, 5), (1, 6)])

@@ -2,12 +2,13 @@
 
 import math
 
+import official_reference as official
 import pytest
 import torch
+from builders import close, randomize
 from mmengine.registry import MODELS
 from mmpretrain.evaluation import Accuracy
 from mmpretrain.structures import DataSample
-from torch import nn
 
 from cae_mm.models import AttentiveProbeHead, LinearProbeHead
 
@@ -19,7 +20,6 @@ PROBES = [pytest.param('cls_token', LINEAR, id='linear'), pytest.param('raw', AT
 
 def build(out_type, head):
     """A probe on a frozen toy encoder that is in no special state."""
-    torch.manual_seed(0)
     model = MODELS.build(
         dict(
             type='mmpretrain.ImageClassifier',
@@ -37,9 +37,7 @@ def build(out_type, head):
         )
     )
     model.init_weights()
-    for param in model.parameters():
-        nn.init.normal_(param, std=0.3)
-    return model
+    return randomize(model)
 
 
 def batch(size=12, seed=0):
@@ -70,30 +68,21 @@ def test_evaluation_uses_the_running_statistics_and_leaves_them():
     torch.testing.assert_close(head.norm.running_mean.double(), mean, rtol=1e-6, atol=1e-6)
 
 
-def test_attentive_probe_against_loops():
-    torch.manual_seed(0)
+def test_attentive_probe_head_by_head():
     head = AttentiveProbeHead(num_classes=CLASSES, in_channels=WIDTH, num_heads=HEADS)
-    head = head.double().eval()
-    for param in head.parameters():
-        nn.init.normal_(param, std=0.5)
+    head = randomize(head.double(), std=0.5).eval()
     tokens = torch.randn(2, 1 + 6, WIDTH, dtype=torch.float64)
-
-    def norm(x, layer):
-        x = (x - x.mean()) / (x.var(unbiased=False) + 1e-6).sqrt()
-        return x * layer.weight + layer.bias
-
-    for image in range(2):
-        q = head.attn.q(norm(head.query_token[0, 0], head.norm_q))
-        keys = [head.attn.k.weight @ norm(x, head.norm_k) for x in tokens[image, 1:]]
-        values = [head.attn.v(norm(x, head.norm_v)) for x in tokens[image, 1:]]
-        pooled = torch.zeros(WIDTH, dtype=torch.float64)
-        for h in range(HEADS):
-            part = slice(h * WIDTH // HEADS, (h + 1) * WIDTH // HEADS)
-            logits = torch.stack([(q[part] * k[part]).sum() for k in keys])
-            weights = (logits / math.sqrt(WIDTH // HEADS)).softmax(0)
-            pooled[part] = sum(w * v[part] for w, v in zip(weights, values, strict=True))
-        expected = head.fc(head.attn.proj(pooled) / math.sqrt(1 + 1e-6))  # statistics 0 and 1
-        torch.testing.assert_close(head((tokens,))[image], expected, rtol=1e-10, atol=1e-10)
+    q, k, v = (
+        official.layer_norm(x, head.state_dict(), name)
+        for name, x in (
+            ('norm_q', head.query_token),
+            ('norm_k', tokens[:, 1:]),
+            ('norm_v', tokens[:, 1:]),
+        )
+    )
+    pooled = official.attend(head.attn.q(q), head.attn.k(k), head.attn.v(v), HEADS)[:, 0]
+    expected = head.fc(head.attn.proj(pooled) / math.sqrt(1 + 1e-6))  # statistics 0 and 1
+    close(head((tokens,)), expected)
 
 
 def test_attentive_probe_does_not_see_the_class_token():

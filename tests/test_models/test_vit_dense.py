@@ -1,14 +1,16 @@
 """The encoder as a backbone of dense prediction: any size, relative positions, windows.
 
-The reference for the maps is the official downstream backbone, in own words and with loops:
+The reference for the maps is the official downstream backbone:
 https://github.com/Atten4Vis/CAE/blob/master/downstream_tasks/semantic_segmentation/backbone/cae.py
 """
 
 import math
 
+import official_reference as official
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import equal, randomize
 from torch import nn
 
 from cae_mm.models import CAEViT, ViTFeaturePyramid
@@ -22,34 +24,18 @@ from cae_mm.models.positions import (
 )
 
 TOY = dict(embed_dims=16, depth=3, num_heads=2, layer_scale=0.1)
-ALL = (0, 1, 2)
 
 
 def build(**options):
     """A toy backbone with maps of all blocks, 4 x 4 patches in pretraining, in no special state."""
-    torch.manual_seed(0)
-    defaults = dict(
-        arch=TOY,
-        img_size=48,
-        pretrain_img_size=32,
-        patch_size=8,
-        out_indices=ALL,
-        out_type='featmap',
-        final_norm=False,
-    )
-    vit = CAEViT(**(defaults | options)).double()
-    for param in vit.parameters():
-        nn.init.normal_(param, std=0.3)
-    return vit
+    sizes = dict(arch=TOY, img_size=48, pretrain_img_size=32, patch_size=8)
+    maps = dict(out_indices=(0, 1, 2), out_type='featmap', final_norm=False)
+    return randomize(CAEViT(**(sizes | maps | options)).double())
 
 
 def images_of(height=48, width=48, batch=2):
     generator = torch.Generator().manual_seed(1)
     return torch.randn(batch, 3, height, width, generator=generator, dtype=torch.float64)
-
-
-def equal(a, b):
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def gradients(vit, images):
@@ -63,10 +49,7 @@ def gradients(vit, images):
 
 def test_maps_are_those_of_pretraining_at_its_size():
     """A 224 px image through a backbone for 512 px, and through the encoder without a mask."""
-    torch.manual_seed(0)
-    encoder = CAEViT(arch=TOY, img_size=224).double()
-    for param in encoder.parameters():
-        nn.init.normal_(param, std=0.3)
+    encoder = randomize(CAEViT(arch=TOY, img_size=224).double())
     seen = []
     for block in encoder.blocks:
         block.register_forward_hook(lambda module, args, out: seen.append(out))
@@ -90,71 +73,19 @@ def test_maps_are_those_of_pretraining_at_its_size():
 # the official backbone
 
 
-def sincos_by_loops(grid, D):
-    table = torch.zeros(grid[0] * grid[1], D)
-    for row in range(grid[0]):
-        for column in range(grid[1]):
-            for k in range(D // 4):
-                wave = 10000 ** (-k / (D // 4))
-                token = table[row * grid[1] + column]
-                token[k], token[k + D // 4] = math.sin(row * wave), math.cos(row * wave)
-                token[k + D // 2] = math.sin(column * wave)
-                token[k + 3 * D // 4] = math.cos(column * wave)
-    return table
-
-
-def relative_index_by_loops(grid):
-    """Entry for each pair of tokens: offsets row by row, then the class token's three."""
-    h, w = grid
-    places = [(row, column) for row in range(h) for column in range(w)]
-    entries = (2 * h - 1) * (2 * w - 1)
-    index = torch.zeros(1 + h * w, 1 + h * w, dtype=torch.long)
-    for i, query in enumerate([None, *places]):
-        for j, key in enumerate([None, *places]):
-            if query is None or key is None:
-                index[i, j] = entries + (2 if query == key else 0 if query is None else 1)
-            else:
-                down, right = query[0] - key[0] + h - 1, query[1] - key[1] + w - 1
-                index[i, j] = down * (2 * w - 1) + right
-    return index
-
-
-def norm(x, weight, bias):
-    mean = x.mean(-1, keepdim=True)
-    variance = (x - mean).square().mean(-1, keepdim=True)
-    return (x - mean) / (variance + 1e-6).sqrt() * weight + bias
-
-
-def official_maps(p, images, pretrain_grid, patch, heads):
-    """Maps of all blocks from weights ``p`` under their official names."""
-    D = p['cls_token'].shape[-1]
-    x = F.conv2d(images, p['patch_embed.proj.weight'], p['patch_embed.proj.bias'], stride=patch)
-    grid = x.shape[-2:]
-    table = sincos_by_loops(pretrain_grid, D).T.reshape(1, D, *pretrain_grid)
-    if grid != pretrain_grid:  # as the loader of checkpoints does
+def official_maps(vit, images, pretrain_grid):
+    """Maps of all blocks; positions are resized as the loader of checkpoints does."""
+    D, grid = vit.embed_dims, tuple(side // vit.patch_size for side in images.shape[-2:])
+    table = official.positions(pretrain_grid, D)[:, 1:].mT.unflatten(-1, pretrain_grid)
+    if grid != pretrain_grid:
         table = F.interpolate(table, size=grid, mode='bicubic', align_corners=False)
-    x = (x + table).flatten(2).mT
-    x = torch.cat([p['cls_token'].expand(len(x), -1, -1), x], dim=1)
-    index = relative_index_by_loops(grid)
+    state = vit.state_dict() | {'pos_embed': F.pad(table.flatten(2).mT, (0, 0, 1, 0))}
     maps = []
-    for i in range(sum(name.endswith('gamma_1') for name in p)):
-        b = {k.removeprefix(f'blocks.{i}.'): v for k, v in p.items()}
-        y = norm(x, b['norm1.weight'], b['norm1.bias'])
-        q, k, v = (y @ part.T for part in b['attn.qkv.weight'].split(D))
-        q, v = q + b['attn.q_bias'], v + b['attn.v_bias']
-        outs = []
-        for head, part in enumerate(torch.arange(D).chunk(heads)):
-            logits = q[..., part] @ k[..., part].mT / math.sqrt(D // heads)
-            if 'attn.relative_position_bias_table' in b:
-                logits = logits + b['attn.relative_position_bias_table'][index, head]
-            outs.append(logits.softmax(-1) @ v[..., part])
-        y = torch.cat(outs, dim=-1) @ b['attn.proj.weight'].T + b['attn.proj.bias']
-        x = x + b['gamma_1'] * y
-        y = norm(x, b['norm2.weight'], b['norm2.bias'])
-        y = y @ b['mlp.fc1.weight'].T + b['mlp.fc1.bias']
-        y = y * (1 + torch.erf(y / math.sqrt(2))) / 2
-        x = x + b['gamma_2'] * (y @ b['mlp.fc2.weight'].T + b['mlp.fc2.bias'])
-        maps.append(x[:, 1:].mT.unflatten(-1, grid))
+    for i in reversed(range(vit.depth)):
+        index = official.relative_index(grid)
+        state |= {f'blocks.{k}.attn.relative_position_index': index for k in range(i + 1)}
+        maps.insert(0, official.tokens(images, state, heads=2)[:, 1:].mT.unflatten(-1, grid))
+        state = {key: value for key, value in state.items() if not key.startswith(f'blocks.{i}.')}
     return maps
 
 
@@ -166,8 +97,7 @@ def test_maps_are_those_of_the_official_backbone(size, rel_pos_bias):
     """In float64 but for the table of positions, which is float32; also one patch narrow."""
     vit = build(img_size=size, use_rel_pos_bias=rel_pos_bias)
     images = images_of(*size)
-    expected = official_maps(vit.state_dict(), images, (4, 4), patch=8, heads=2)
-    for out, reference in zip(vit(images), expected, strict=True):
+    for out, reference in zip(vit(images), official_maps(vit, images, (4, 4)), strict=True):
         assert out.shape == (2, 16, size[0] // 8, size[1] // 8)
         torch.testing.assert_close(out, reference, rtol=0, atol=1e-6)
 
@@ -180,7 +110,7 @@ def test_final_norm_changes_the_last_map_only():
     outs = normalised(images)
     equal(outs[0], maps[0])
     equal(outs[1], maps[1])
-    reference = norm(maps[2].movedim(1, -1), normalised.norm.weight, normalised.norm.bias)
+    reference = official.layer_norm(maps[2].movedim(1, -1), normalised.state_dict(), 'norm')
     torch.testing.assert_close(outs[2], reference.movedim(-1, 1))
 
 
@@ -276,7 +206,7 @@ def test_positions_do_not_depend_on_padding(options, dtype):
 @pytest.mark.parametrize('grid', [(1, 1), (1, 4), (3, 1), (3, 2), (2, 5), (4, 4)])
 def test_relative_position_index_against_loops(grid):
     index = relative_position_index(grid, torch.device('cpu'))
-    equal(index, relative_index_by_loops(grid))
+    equal(index, official.relative_index(grid))
     assert index.unique().tolist() == list(range(num_relative_positions(grid)))
 
 
@@ -322,17 +252,6 @@ def test_an_index_made_in_inference_mode_serves_training():
     with torch.inference_mode():
         vit(images_of())
     assert all(grad.isfinite().all() for grad in gradients(vit, images_of()).values())
-
-
-def test_table_of_no_square_grid_cannot_be_resized():
-    vit = build(use_rel_pos_bias=True)
-    state = build(img_size=(24, 56), use_rel_pos_bias=True).state_dict()
-    message = (
-        r'blocks.0.attn.relative_position_bias_table has 68 entries, which is no relative '
-        'position table of a square grid: set img_size'
-    )
-    with pytest.raises(ValueError, match=message):
-        vit.adapt_state_dict(state)
 
 
 # windows
@@ -402,60 +321,3 @@ def test_windows_without_global_blocks_meet_in_the_class_token():
 def test_windows_are_trained(size):
     grads = gradients(build(window_size=4, global_blocks=(2,)), images_of(*size))
     assert all(grad.isfinite().all() and grad.abs().sum() > 0 for grad in grads.values())
-
-
-# memory
-
-
-# torch 2.4's own checkpoint function
-@pytest.mark.filterwarnings('ignore:.torch.cpu.amp.autocast:FutureWarning')
-@pytest.mark.parametrize(
-    'options', [dict(use_rel_pos_bias=True), dict(window_size=4, global_blocks=(2,))]
-)
-def test_recomputing_changes_nothing(options):
-    outs, grads = [], []
-    for with_cp in (False, True):
-        vit = build(with_cp=with_cp, drop_path_rate=0.5, **options).train()
-        torch.manual_seed(3)
-        outs.append(vit(images_of(40, 56)))
-        torch.manual_seed(3)
-        grads.append(gradients(vit, images_of(40, 56)))
-    for plain, recomputed in zip(*outs, strict=True):
-        equal(plain, recomputed)
-    for name, grad in grads[0].items():
-        equal(grads[1][name], grad)
-
-
-# errors
-
-
-@pytest.mark.parametrize(
-    ('options', 'message'),
-    [
-        (
-            dict(use_rel_pos_bias=True, window_size=2),
-            'windows have no relative position bias: choose one of the two',
-        ),
-        (
-            dict(window_size=2, global_blocks=(3,)),
-            'global_blocks has 3, but there are 3 blocks',
-        ),
-        (dict(global_blocks=(1,)), 'global_blocks needs a window_size'),
-        (
-            dict(use_rel_pos_bias=True, unpadded_positions=True),
-            'use_rel_pos_bias resizes its tables to the padded batch: leave out unpadded_positions',
-        ),
-        (dict(window_size=0), 'window_size must be at least 1, not 0'),
-        (dict(pretrain_img_size=30), '30x30 pixels cannot be cut into patches of 8x8'),
-    ],
-)
-def test_wrong_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        build(**options)
-
-
-@pytest.mark.parametrize('options', [dict(use_rel_pos_bias=True), dict(window_size=2)])
-def test_pretraining_has_neither_bias_nor_windows(options):
-    message = 'leave out use_rel_pos_bias and window_size'
-    with pytest.raises(ValueError, match=message):
-        build(**options).forward_features(images_of(), torch.arange(8).expand(2, -1))
