@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import GRID, VOCAB, build_cae, cae_config, make_batch
+from builders import GRID, VOCAB, build_cae, make_batch
 from mmengine.runner.checkpoint import get_state_dict
 from mmpretrain.structures import DataSample
 
@@ -14,13 +14,17 @@ def total(losses):
     return losses['loss_main'] + losses['loss_align']
 
 
+def case(**changes):
+    """A model in eval mode, two views, samples and their masks."""
+    views, samples = make_batch()
+    return build_cae(**changes).eval(), views, samples, torch.stack([s.mask for s in samples])
+
+
 def test_loss_is_the_formula_of_the_paper():
     """Section by section: encode, regress, align, decode, tokenize, CE + 2 MSE."""
-    model = build_cae().eval()
-    views, samples = make_batch()
+    model, views, samples, mask = case()
     losses = model(views, samples, mode='loss')
 
-    mask = torch.stack([sample.mask for sample in samples])
     ids_m = torch.stack([row.nonzero().flatten() for row in mask])
     ids_v = torch.stack([(~row).nonzero().flatten() for row in mask])
     encoder, neck = model.backbone, model.neck
@@ -54,13 +58,11 @@ def test_every_trainable_parameter_and_no_other_gets_a_gradient(bf16):
 
 def test_no_gradient_flows_through_the_alignment_target():
     """The gradient is that of a constant target."""
-    model = build_cae(neck=dict(out_dims=VOCAB)).eval()
-    views, samples = make_batch()
+    model, views, samples, mask = case()
     model(views, samples, mode='loss')['loss_align'].backward()
     got = {k: p.grad.clone() for k, p in model.backbone.named_parameters() if p.grad is not None}
 
     model.zero_grad()
-    mask = torch.stack([sample.mask for sample in samples])
     ids_v, ids_m = split_mask(mask)
     constant = model.align_target(views[0], ids_m).detach().clone()
     z_m = model.neck.regress(model.encode(views[0], ids_v), ids_v, ids_m, GRID)
@@ -81,9 +83,7 @@ def test_targets_are_computed_outside_autograd(monkeypatch):
 
 def test_masked_pixels_do_not_reach_the_prediction():
     """Neither visible latents nor predictions change by a bit with what is masked."""
-    model = build_cae().eval()
-    views, samples = make_batch()
-    mask = torch.stack([sample.mask for sample in samples])
+    model, views, _, mask = case()
     before = model.reconstruct(views[0], mask)
     hidden = mask.view(3, 1, *GRID).repeat_interleave(4, 2).repeat_interleave(4, 3)
     changed = torch.where(hidden, torch.full_like(views[0], 1e4), views[0])
@@ -92,8 +92,7 @@ def test_masked_pixels_do_not_reach_the_prediction():
 
 def test_decoder_never_sees_visible_latents():
     """Logits stay when visible latents are replaced after the regressor."""
-    model = build_cae().eval()
-    views, samples = make_batch()
+    model, views, _, mask = case()
     seen = []
 
     def regress(z_v, ids_v, ids_m, grid):
@@ -103,7 +102,6 @@ def test_decoder_never_sees_visible_latents():
             z_v.fill_(1e4)  # sentinel
         return z_m
 
-    mask = torch.stack([sample.mask for sample in samples])
     before = model.reconstruct(views[0], mask)
     model.neck.regress = regress
     assert torch.equal(model.reconstruct(views[0], mask), before)
@@ -111,9 +109,9 @@ def test_decoder_never_sees_visible_latents():
 
 
 def test_drop_path_stays_active_in_the_target_branch_as_in_the_official_code():
-    model = build_cae(backbone=dict(cae_config()['backbone'], drop_path_rate=0.5)).train()
-    views, samples = make_batch()
-    ids = torch.stack([sample.mask.nonzero().flatten() for sample in samples])
+    model, views, _, mask = case(backbone=dict(drop_path_rate=0.5))
+    model.train()
+    _, ids = split_mask(mask)
     torch.manual_seed(0)
     targets = [model.align_target(views[0], ids) for _ in range(8)]
     assert any(not torch.equal(targets[0], other) for other in targets)
@@ -122,15 +120,13 @@ def test_drop_path_stays_active_in_the_target_branch_as_in_the_official_code():
 @pytest.mark.parametrize('grid', [(4, 4), (2, 6), (5, 3)])
 @pytest.mark.parametrize('masked', [1, 3, 8])
 def test_any_grid_and_mask_ratio(grid, masked):
-    backbone = dict(cae_config()['backbone'], img_size=(grid[0] * 4, grid[1] * 4))
-    model = build_cae(backbone=backbone)
+    model = build_cae(backbone=dict(img_size=(grid[0] * 4, grid[1] * 4)))
     losses = model(*make_batch(grid=grid, masked=masked), mode='loss')
     assert torch.isfinite(total(losses))
 
 
 def test_mask_may_be_a_grid():
-    model = build_cae().eval()
-    views, samples = make_batch()
+    model, views, samples, _ = case()
     flat = model(views, samples, mode='loss')
     grids = [DataSample(mask=sample.mask.view(GRID)) for sample in samples]
     assert torch.equal(model(views, grids, mode='loss')['loss_main'], flat['loss_main'])
@@ -138,9 +134,8 @@ def test_mask_may_be_a_grid():
 
 def test_decoder_width_may_differ():
     """Encoder and target pass the same projection; the target gives it no gradient."""
-    model = build_cae(neck=dict(embed_dims=24, num_heads=3)).train()
-    views, samples = make_batch()
-    ids = torch.stack([sample.mask.nonzero().flatten() for sample in samples])
+    model, views, samples, mask = case(neck=dict(embed_dims=24, num_heads=3))
+    _, ids = split_mask(mask)
     latents = model.backbone.forward_features(views[0], ids)[:, 1:]
     linear, norm = model.neck.projection
     torch.testing.assert_close(model.align_target(views[0], ids), norm(linear(latents)))
@@ -238,8 +233,7 @@ def test_mismatches_are_named(grid, mask_size, message):
 
 def test_collapse_shows_in_latent_std():
     """Latents that depend on the position alone score 0, whatever the masks."""
-    model = build_cae().eval()
-    views, samples = make_batch()
+    model, views, samples, _ = case()
     healthy = model(views, samples, mode='loss')['latent_std']
     model.neck.regress = lambda z_v, ids_v, ids_m, grid: model.neck._positions(grid, ids_m)
     assert model(views, samples, mode='loss')['latent_std'] < 1e-6 < healthy

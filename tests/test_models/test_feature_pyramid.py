@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from builders import equal, randomize
 from torch import nn
 
 from cae_mm.models import ViTFeaturePyramid
@@ -11,14 +13,11 @@ from cae_mm.models import ViTFeaturePyramid
 DIM = 6
 
 
-def build(patch_size=16, strides=(4, 8, 16, 32), norm='BN'):
-    torch.manual_seed(0)
+def build(patch_size=16, strides=(4, 8, 16, 32)):
     neck = ViTFeaturePyramid(
-        in_channels=DIM, patch_size=patch_size, strides=strides, norm_cfg=dict(type=norm)
-    ).double()
-    for param in neck.parameters():
-        nn.init.normal_(param)
-    return neck
+        in_channels=DIM, patch_size=patch_size, strides=strides, norm_cfg=dict(type='BN')
+    )
+    return randomize(neck.double(), std=1.0)
 
 
 def maps_of(height, width, count=4, batch=2):
@@ -29,36 +28,20 @@ def maps_of(height, width, count=4, batch=2):
     ]
 
 
-def twice(x, weight, bias):
-    """A transposed convolution 2 x 2 of stride 2: each pixel becomes a block of 2 x 2."""
-    blocks = torch.einsum('bchw,coij->bohiwj', x, weight)
-    B, D, H, _, W, _ = blocks.shape
-    return blocks.reshape(B, D, 2 * H, 2 * W) + bias[:, None, None]
-
-
-def batch_norm(x, weight, bias):
-    mean = x.mean((0, 2, 3), keepdim=True)
-    variance = (x - mean).square().mean((0, 2, 3), keepdim=True)
-    x = (x - mean) / (variance + 1e-5).sqrt()
-    return x * weight[:, None, None] + bias[:, None, None]
-
-
-def gelu(x):
-    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+def twice(x, p, name):
+    return F.conv_transpose2d(x, p[f'{name}.weight'], p[f'{name}.bias'], stride=2)
 
 
 def four_times(x, p, name):
-    x = twice(x, p[f'{name}.0.weight'], p[f'{name}.0.bias'])
-    x = gelu(batch_norm(x, p[f'{name}.1.weight'], p[f'{name}.1.bias']))
-    return twice(x, p[f'{name}.3.weight'], p[f'{name}.3.bias'])
+    x = twice(x, p, f'{name}.0')
+    x = F.batch_norm(x, None, None, p[f'{name}.1.weight'], p[f'{name}.1.bias'], training=True)
+    return twice(F.gelu(x), p, f'{name}.3')
 
 
 def pooled(x, factor):
     """Largest value of each block; what is left over at right and bottom makes smaller blocks."""
-    rows = [x[:, :, i : i + factor].amax(2) for i in range(0, x.shape[2], factor)]
-    x = torch.stack(rows, dim=2)
-    columns = [x[..., i : i + factor].amax(3) for i in range(0, x.shape[3], factor)]
-    return torch.stack(columns, dim=3)
+    x = torch.stack([rows.amax(2) for rows in x.split(factor, dim=2)], dim=2)
+    return torch.stack([columns.amax(3) for columns in x.split(factor, dim=3)], dim=3)
 
 
 @pytest.mark.parametrize(('height', 'width'), [(4, 4), (3, 6), (5, 1), (1, 7), (1, 1)])
@@ -67,7 +50,7 @@ def test_patches_of_16_give_the_official_pyramid(height, width):
     p = neck.state_dict()
     expected = [
         four_times(maps[0], p, 'levels.0'),
-        twice(maps[1], p['levels.1.0.weight'], p['levels.1.0.bias']),
+        twice(maps[1], p, 'levels.1.0'),
         maps[2],
         pooled(maps[3], 2),
     ]
@@ -82,7 +65,7 @@ def test_patches_of_8_give_the_official_pyramid():
     neck, maps = build(patch_size=8), maps_of(8, 4)
     p = neck.state_dict()
     expected = [
-        twice(maps[0], p['levels.0.0.weight'], p['levels.0.0.bias']),
+        twice(maps[0], p, 'levels.0.0'),
         maps[1],
         pooled(maps[2], 2),
         pooled(maps[3], 4),
@@ -102,7 +85,7 @@ def test_one_map_serves_all_strides():
     neck = build()
     [x] = maps_of(4, 4, count=1)
     for one, each in zip(neck([x]), neck([x] * 4), strict=True):
-        torch.testing.assert_close(one, each, rtol=0, atol=0)
+        equal(one, each)
 
 
 def test_every_parameter_gets_a_gradient():

@@ -3,10 +3,9 @@
 import mmpretrain.models  # noqa: F401  registers mmpretrain's CAE
 import pytest
 import torch
+from builders import cae_config, equal
 from mmengine.registry import MODELS
 from mmpretrain.structures import DataSample
-
-import cae_mm.registry  # noqa: F401
 
 WIDTH, HEADS, DEPTH, VOCAB, GRID = 32, 4, 3, 512, 4
 MASKED = 7
@@ -48,23 +47,15 @@ def build_theirs() -> torch.nn.Module:
 
 def build_ours() -> torch.nn.Module:
     return MODELS.build(
-        dict(
-            type='cae_mm.CAE',
+        cae_config(
             backbone=dict(
-                type='cae_mm.CAEViT',
                 arch=dict(embed_dims=WIDTH, depth=DEPTH, num_heads=HEADS, layer_scale=0.1),
                 img_size=16 * GRID,
+                patch_size=16,
             ),
             neck=dict(
-                type='cae_mm.CAENeck',
-                in_dims=WIDTH,
-                embed_dims=WIDTH,
-                num_heads=HEADS,
-                regressor_depth=2,
-                decoder_depth=2,
-                out_dims=VOCAB,
+                in_dims=WIDTH, embed_dims=WIDTH, num_heads=HEADS, decoder_depth=2, out_dims=VOCAB
             ),
-            head=dict(type='cae_mm.CAEPretrainHead'),
             target_generator=dict(type='cae_mm.DALLEEncoder', n_hid=64, vocab_size=VOCAB),
         )
     )
@@ -156,4 +147,4 @@ def test_gradients_are_mmpretrains(pair):
 def test_positions_are_mmpretrains(pair):
     theirs, ours, _, _ = pair
     table = ours.backbone.positions((GRID, GRID), torch.device('cpu'))
-    torch.testing.assert_close(table, theirs.backbone.pos_embed[0, 1:].float(), rtol=0, atol=0)
+    equal(table, theirs.backbone.pos_embed[0, 1:].float())
