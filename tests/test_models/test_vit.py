@@ -405,40 +405,43 @@ def pretraining_state(vit=None):
     return state | {'neck.mask_token': torch.zeros(1, 1, 16)}
 
 
-def load_from(path, prefix='backbone.', **options):
+def build_for(path, prefix='backbone.', **options):
+    """An encoder with other weights than ``build`` makes."""
     init_cfg = dict(type='Pretrained', checkpoint=str(path), prefix=prefix)
-    vit = CAEViT(**(dict(arch=TOY, img_size=(32, 48), patch_size=8) | options), init_cfg=init_cfg)
+    return randomize(build(**options, init_cfg=init_cfg), std=0.1)
+
+
+def load_from(path, *args, **options):
+    vit = build_for(path, *args, **options)
     vit.init_weights()
     return vit
+
+
+def assert_same_weights(vit, state):
+    for key, value in vit.state_dict().items():
+        equal(value, state[key])
 
 
 @pytest.mark.parametrize('name', ['a.pth', 'a.safetensors'])
 def test_pretrained_weights_load_exactly(tmp_path, name):
     vit = build()
     loaded = load_from(save(pretraining_state(vit), tmp_path / name))
-    for key, value in vit.state_dict().items():
-        equal(loaded.state_dict()[key], value)
+    assert_same_weights(loaded, vit.state_dict())
     equal(loaded(images_of())[0], vit(images_of())[0])
 
 
 def test_encoder_alone_needs_no_prefix(tmp_path):
-    vit = build()
-    torch.save(vit.state_dict(), tmp_path / 'encoder.pth')
-    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'encoder.pth'))
-    loaded = CAEViT(arch=TOY, img_size=64, patch_size=8, init_cfg=init_cfg)
-    loaded.init_weights()
-    equal(loaded.blocks[1].mlp.fc1.weight, vit.blocks[1].mlp.fc1.weight)
+    state = build().state_dict()
+    torch.save(state, tmp_path / 'encoder.pth')
+    assert_same_weights(load_from(tmp_path / 'encoder.pth', '', img_size=64), state)
 
 
 def test_a_parents_initialisation_does_not_overwrite(tmp_path):
     vit = build()
-    path = save(pretraining_state(vit), tmp_path / 'a.pth')
-    init_cfg = dict(type='Pretrained', checkpoint=str(path), prefix='backbone.')
-    child = CAEViT(arch=TOY, img_size=(32, 48), patch_size=8, init_cfg=init_cfg)
+    child = build_for(save(pretraining_state(vit), tmp_path / 'a.pth'))
     parent = Sequential(child, init_cfg=dict(type='Constant', layer='Linear', val=9.0))
     parent.init_weights()
-    for key, value in vit.state_dict().items():
-        equal(child.state_dict()[key], value)
+    assert_same_weights(child, vit.state_dict())
 
 
 def test_frozen_stages_stay_frozen_after_loading(tmp_path):
@@ -483,14 +486,11 @@ def test_wrong_prefix_is_hinted_at(tmp_path, given, right):
 def test_nothing_is_loaded_when_something_does_not_fit(tmp_path):
     state = pretraining_state()
     del state['backbone.norm.bias']
-    path = save(state, tmp_path / 'a.pth')
-    init_cfg = dict(type='Pretrained', checkpoint=str(path), prefix='backbone.')
-    vit = CAEViT(arch=TOY, img_size=(32, 48), patch_size=8, init_cfg=init_cfg)
+    vit = build_for(save(state, tmp_path / 'a.pth'))
     before = {key: value.clone() for key, value in vit.state_dict().items()}
     with pytest.raises(ValueError, match='1 keys missing'):
         vit.init_weights()
-    for key, value in vit.state_dict().items():
-        equal(value, before[key])
+    assert_same_weights(vit, before)
 
 
 def test_missing_file():
@@ -545,7 +545,7 @@ def test_file_without_state_dict(tmp_path):
     ],
 )
 def test_other_init_cfg_is_refused(init_cfg):
-    vit = CAEViT(arch=TOY, img_size=32, patch_size=8, init_cfg=init_cfg)
+    vit = build(init_cfg=init_cfg)
     with pytest.raises(ValueError, match=r'CAEViT takes init_cfg=dict\(type="Pretrained"'):
         vit.init_weights()
 
