@@ -76,15 +76,21 @@ class Attention(nn.Module):
             x: Tokens; with a relative position bias the class token, then the patches of ``grid``.
             grid: Rows and columns of patches, not needed without relative position bias.
         """
-        return self.attend(x, self._relative_bias(grid or self.bias_grid))
+        bias = None
+        if self.bias_grid is not None:
+            grid = grid or self.bias_grid
+            table = resize_bias_table(self.relative_position_bias_table, self.bias_grid, grid)
+            index = relative_position_index(grid, table.device)  # [1+N, 1+N]
+            bias = F.embedding(index, table).permute(2, 0, 1)[None]  # [1, heads, 1+N, 1+N]
+        return self.attend(x, bias)
 
     def attend(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Attend within ``x``, shape (B, N, D), with ``bias`` added to the logits.
+        """Attend within ``x``, shape (B, N, D).
 
         Args:
             x: Tokens.
-            bias: Float tensor to add, or bool tensor with False for keys to leave out; its shape
-                is broadcast to (B, heads, N, N).
+            bias: Float tensor to add to the logits, or bool tensor with False for keys to leave
+                out; its shape is broadcast to (B, heads, N, N).
         """
         B, N, D = x.shape
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
@@ -94,14 +100,6 @@ class Attention(nn.Module):
             bias = bias.to(q.dtype)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))  # [B, N, D]
-
-    def _relative_bias(self, grid: Grid | None) -> Tensor | None:
-        """Bias of all pairs of tokens, shape (1, heads, 1 + N, 1 + N), or None."""
-        if self.bias_grid is None or grid is None:
-            return None
-        table = resize_bias_table(self.relative_position_bias_table, self.bias_grid, grid)
-        index = relative_position_index(grid, table.device)  # [1+N, 1+N]
-        return F.embedding(index, table).permute(2, 0, 1)[None]
 
 
 class WindowAttention(Attention):

@@ -36,7 +36,7 @@ class CAEPretrainHead(BaseModule):
             y_m: Decoder output, shape (B, M, K): logits of K tokens, or K pixel values.
             y_target: Tokens, int64 with shape (B, M), or pixels, float with shape (B, M, K).
             z_m: Latents predicted by the regressor, shape (B, M, D).
-            z_target: Latents that the encoder gives to the masked patches, shape (B, M, D).
+            z_target: Latents that the encoder gives to them, shape (B, M, D).
 
         Returns:
             ``loss_main`` and ``loss_align``, whose sum is minimised, and metrics without gradient:

@@ -104,10 +104,7 @@ class DiscreteVAE(Tokenizer, BaseModel):
         raise ValueError(f"Unknown mode '{mode}': choose 'loss' or 'tensor'")
 
     def loss(self, images: Tensor) -> dict[str, Tensor]:
-        """Reconstruct through relaxed tokens.
-
-        Args:
-            images: Images in [-1, 1], shape (B, 3, H, W).
+        """Reconstruct ``images`` in [-1, 1], shape (B, 3, H, W), through relaxed tokens.
 
         Returns:
             ``loss_rec``: mean squared error; ``loss_usage``: ``usage_weight`` times the KL
