@@ -13,7 +13,7 @@ from PIL import Image
 
 from cae_mm.engine import CAERunner
 from cae_mm.engine.settings import apply_settings
-from cae_mm.models.vit import ARCHS
+from cae_mm.models.archs import ARCHS
 
 pytestmark = pytest.mark.usefixtures('plain_config_text')
 ROOT = Path(__file__).parent.parent

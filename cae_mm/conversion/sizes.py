@@ -9,8 +9,8 @@ from torch import Tensor
 from cae_mm.checkpoints import EncoderDescription
 from cae_mm.conversion.rules import count_blocks
 from cae_mm.conversion.sources import INDEX, TABLE
+from cae_mm.models.archs import ARCHS
 from cae_mm.models.positions import SinCosPositions, relative_position_index
-from cae_mm.models.vit import ARCHS
 from cae_mm.patches import Grid, grid_of
 
 # Heads by width, where nothing in a file tells them. Ours and those of timm and the like have 64

@@ -11,7 +11,7 @@ from cae_mm.doctor.case import Case
 from cae_mm.doctor.finding import Finding, type_name
 from cae_mm.doctor.weights import Load, find_loads, read_file
 from cae_mm.models import CAEDataPreprocessor, DALLEEncoder, DiscreteVAE, describe_model
-from cae_mm.models.vit import ARCHS
+from cae_mm.models.archs import ARCHS
 
 MAX_LAYER_SCALE_FACTOR = 10
 # mean and std that bring pixels into the range that a tokenizer was trained on

@@ -14,6 +14,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from cae_mm.checkpoints import EncoderDescription, PretrainedModule
+from cae_mm.models.archs import resolve_arch
 from cae_mm.models.blocks import (
     Block,
     LayerNorm,
@@ -26,17 +27,6 @@ from cae_mm.models.positions import SinCosPositions, fit_bias_tables
 from cae_mm.patches import Grid, gather_tokens, grid_of, patchify, to_pair, unpadded_grids
 from cae_mm.registry import MODELS
 
-# Sizes: paper, "Training Details" (S, B, L) and "Downstream Tasks" (H); tiny: standard ViT-Ti.
-# Layer scale: official scripts, --layer_scale_init_value (S, B: 0.1, L: 1e-5).
-ARCHS: dict[str, dict[str, Any]] = {
-    'mini': dict(embed_dims=192, depth=6, num_heads=3, layer_scale=0.1),  # trains on a CPU
-    'tiny': dict(embed_dims=192, depth=12, num_heads=3, layer_scale=0.1),  # official: 12 heads
-    # the paper says "standard ViT-S", that is 6 heads; the official cae_small has 12
-    'small': dict(embed_dims=384, depth=12, num_heads=6, layer_scale=0.1),
-    'base': dict(embed_dims=768, depth=12, num_heads=12, layer_scale=0.1),
-    'large': dict(embed_dims=1024, depth=24, num_heads=16, layer_scale=1e-5),
-    'huge': dict(embed_dims=1280, depth=32, num_heads=16, layer_scale=1e-5),
-}
 OUT_TYPES = ('raw', 'cls_token', 'featmap', 'avg_featmap')
 
 
@@ -45,7 +35,7 @@ class CAEViT(PretrainedModule):
     """Vision transformer of CAE.
 
     Args:
-        arch: A name in ``ARCHS``, or a dict with the keys of its entries.
+        arch: A name in ``cae_mm.models.archs.ARCHS``, or a dict with the keys of its entries.
         img_size: Height and width in pixels: of the images in pretraining; elsewhere, where any
             size will do, those that relative position tables are made for.
         pretrain_img_size: Height and width in pixels of pretraining, where the checkpoint that is
@@ -97,7 +87,7 @@ class CAEViT(PretrainedModule):
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(init_cfg)
-        arch = _resolve_arch(arch)
+        arch = resolve_arch(arch)
         self.embed_dims, self.depth = arch['embed_dims'], arch['depth']
         self.patch_size = patch_size
         self.grid = grid_of(to_pair(img_size), patch_size)
@@ -305,13 +295,3 @@ class CAEViT(PretrainedModule):
             if not -self.depth <= index < self.depth:
                 raise ValueError(f'{option} has {index}, but there are {self.depth} blocks')
         return tuple(index % self.depth for index in indices)
-
-
-def _resolve_arch(arch: str | dict[str, Any]) -> dict[str, Any]:
-    if isinstance(arch, str):
-        if arch in ARCHS:
-            return ARCHS[arch]
-        raise ValueError(f"Unknown arch '{arch}': choose one of {tuple(ARCHS)} or give a dict")
-    if set(arch) != set(ARCHS['base']):
-        raise ValueError(f'arch needs exactly the keys {sorted(ARCHS["base"])}, not {sorted(arch)}')
-    return arch

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cae_mm.models import CAEViT
+from cae_mm.models.archs import ARCHS
 from cae_mm.models.positions import sincos_positions
-from cae_mm.models.vit import ARCHS
 from cae_mm.patches import gather_tokens, split_mask
 
 TOY = dict(embed_dims=16, depth=3, num_heads=2, layer_scale=0.1)
