@@ -48,7 +48,7 @@ class CAEViT(PretrainedModule):
         in_channels: Channels of the images.
         mlp_ratio: Hidden width of the MLPs over the width.
         drop_path_rate: Drop path of the last block; grows linearly from 0 over depth.
-        out_indices: Blocks whose outputs ``forward`` returns, in ascending order, as in a list.
+        out_indices: Blocks whose outputs ``forward`` returns, in ascending order; -1 is the last.
         out_type: What is returned of each of them: 'raw' tokens (B, 1 + N, D) with the class
             token first, 'cls_token' (B, D), 'featmap' (B, D, H/p, W/p) or 'avg_featmap' (B, D),
             the mean over patches before the final norm (official ``fc_norm``).
