@@ -44,16 +44,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(path: str | Path, options: dict[str, Any] | None = None) -> Config:
-    """Read a config, put options into it, and apply its settings.
-
-    Args:
-        path: The config, which like any config runs as a program.
-        options: Values by key with dots.
-
-    Raises:
-        FileNotFoundError: If there is no such config.
-        ValueError: If an option is none that anything would look at.
-    """
+    """Read a config (it runs as a program), put in options by key with dots, apply its settings."""
     if not Path(path).is_file():
         raise FileNotFoundError(f'no config at {Path(path).absolute()}')
     cfg = Config.fromfile(path)
@@ -63,8 +54,7 @@ def load_config(path: str | Path, options: dict[str, Any] | None = None) -> Conf
         if top not in known:
             raise ValueError(f'--cfg-options {key}: nothing looks at {top}{suggest(top, known)}')
     cfg.merge_from_dict(options or {})
-    settings = dict(cfg.pop('settings', None) or {})
-    apply_settings(cfg, **settings)
+    apply_settings(cfg, **(cfg.pop('settings', None) or {}))
     return cfg
 
 

@@ -23,12 +23,11 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
     checkpoint resumes on a machine with another format.
 
     Args:
-        optimizer: The optimizer.
+        optimizer: See ``OptimWrapper``, as for ``options``.
         dtype: 'auto' (see ``choose_precision``), 'bfloat16', 'float16' or 'float32'.
         modules: Attributes of the model that alone run in that format and return float32, for
             example ``['backbone', 'neck']`` where heads need operators without it; they return
             tuples of tensors. None: the whole model.
-        options: Of ``mmengine.optim.OptimWrapper``.
     """
 
     # batches of an epoch, if gathering is to end with it (set by ``EpochSeedHook``): nothing is

@@ -24,30 +24,19 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     learning rate multiplied by r ** (L - 1 - i); the model's ``backbone`` tells the layers by
     ``get_layer_depth(name, prefix)``. Groups come with the highest learning rate first, the one
     that logs show.
-
-    Args:
-        optim_wrapper_cfg: Type and options of wrapper and optimizer, as in mmengine.
-        paramwise_cfg: ``layer_decay_rate``, default 1 (no decay); nothing else.
     """
 
-    def __init__(
-        self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None
-    ) -> None:
-        super().__init__(optim_wrapper_cfg, paramwise_cfg=None)
-        options = dict(paramwise_cfg or {})
-        self.layer_decay_rate = options.pop('layer_decay_rate', 1.0)
-        if options:
+    def _validate_cfg(self) -> None:  # of paramwise_cfg, called by __init__
+        if unknown := sorted(self.paramwise_cfg.keys() - {'layer_decay_rate'}):
             raise ValueError(
-                f'{type(self).__name__} knows paramwise_cfg.layer_decay_rate only, '
-                f'not {sorted(options)}'
+                f'{type(self).__name__} knows paramwise_cfg.layer_decay_rate only, not {unknown}'
             )
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the wrapper for ``model``."""
         wrapper: Any = model
         model = wrapper.module if is_model_wrapper(wrapper) else model
-        optimizer_cfg = dict(self.optimizer_cfg, params=self._param_groups(model))
-        optimizer = OPTIMIZERS.build(optimizer_cfg)
+        optimizer = OPTIMIZERS.build(dict(self.optimizer_cfg, params=self._param_groups(model)))
         wrapper_cfg = dict(type='OptimWrapper') | self.optim_wrapper_cfg
         return OPTIM_WRAPPERS.build(wrapper_cfg, default_args=dict(optimizer=optimizer))
 
@@ -68,17 +57,17 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         return ordered
 
     def _lr_scale(self, model: nn.Module, name: str) -> float:
-        if self.layer_decay_rate == 1.0:
+        rate = self.paramwise_cfg.get('layer_decay_rate', 1.0)
+        if rate == 1.0:
             return 1.0
         backbone: Any = getattr(model, 'backbone', None)
         if not hasattr(backbone, 'get_layer_depth'):
             raise ValueError(
-                f'layer_decay_rate={self.layer_decay_rate} needs a model whose backbone has '
-                f'get_layer_depth(name, prefix): {type(model).__name__} with '
-                f'{type(backbone).__name__} has none'
+                f'layer_decay_rate={rate} needs a model whose backbone has get_layer_depth(name, '
+                f'prefix): {type(model).__name__} with {type(backbone).__name__} has none'
             )
         layer, num_layers = backbone.get_layer_depth(name, 'backbone.')
-        return self.layer_decay_rate ** (num_layers - 1 - layer)
+        return rate ** (num_layers - 1 - layer)
 
 
 @OPTIMIZERS.register_module()

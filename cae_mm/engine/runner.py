@@ -56,9 +56,8 @@ def fit_config(cfg: Config) -> list[str]:
     if torch.cuda.is_available():
         cpu_batch_size = None
     elif launcher != 'none':
-        cfg.model_wrapper_cfg = dict(
-            type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False
-        )
+        wrapper = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
+        cfg.model_wrapper_cfg = wrapper
     return remarks + fit_batch(cfg, count_processes(launcher), cpu_batch_size)
 
 
@@ -73,18 +72,11 @@ def fit_batch(cfg: Config, processes: int, cpu_batch_size: int | None = None) ->
     ``auto_scale_lr.base_batch_size`` is the recipe's batch: processes x images x gathered steps.
     Where that does not come out even, the learning rate is scaled linearly. All that a config
     counts in iterations (schedules, checkpoints, validation) is counted in updates and stretched.
-
-    Args:
-        cfg: A config; nothing is changed unless its ``auto_scale_lr.enable`` is true. If it has
-            ``accumulative_counts`` that is how many steps are gathered.
-        processes: Number of processes, one per GPU.
-        cpu_batch_size: Most images in a step, None for no limit.
+    Nothing is changed unless ``auto_scale_lr.enable`` is true; ``accumulative_counts`` of the
+    config, if any, is how many steps are gathered, ``cpu_batch_size`` the most images in a step.
 
     Returns:
         Lines for the log.
-
-    Raises:
-        ValueError: If it is enabled without saying what the recipe's batch is.
     """
     scale: Any = cfg.get('auto_scale_lr') or {}
     if not (scale.get('enable') and cfg.get('train_dataloader') and cfg.get('optim_wrapper')):

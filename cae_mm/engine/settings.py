@@ -105,10 +105,8 @@ def _set_transforms(cfg: Any, options: dict[str, dict[str, Any]]) -> None:
     for name, values in options.items():
         chosen = [node for node in transforms if class_name(node) == name]
         if not chosen:
-            names = {class_name(node) for node in transforms}
-            raise ValueError(
-                f'no pipeline of this config has a transform {name}{suggest(name, names)}'
-            )
+            choice = suggest(name, {class_name(node) for node in transforms})
+            raise ValueError(f'no pipeline of this config has a transform {name}{choice}')
         for node in chosen:
             node.update(values)
 
@@ -145,27 +143,22 @@ def _set_img_size(cfg: Any, value: int | tuple[int, int]) -> None:
         _set_crop_of_segmentation(cfg, to_pair(size))
         return
     patch_size = backbone.get('patch_size', 16) if backbone else TOKEN_SIZE
+    second = tuple(side * TOKEN_SIZE // patch_size for side in to_pair(size))
     for transform in find_transforms(cfg):
         name = class_name(transform)
         if name == 'TwoViewResizedCrop':
             transform['size'] = size
             if transform.get('second_size', 112) is not None:
-                transform['second_size'] = _scaled(size, TOKEN_SIZE, patch_size)
+                transform['second_size'] = second[0] if isinstance(size, int) else second
         elif name == 'RandomResizedCrop':
             transform['scale'] = size
     for pipeline in find_pipelines(cfg):
-        _set_central_crop(pipeline, size)
-
-
-def _set_central_crop(pipeline: list[dict[str, Any]], size: int | tuple[int, int]) -> None:
-    """Set the evaluation's crop, and the short edge before it in proportion."""
-    steps = {class_name(step): step for step in pipeline}
-    crop, edge = steps.get('CenterCrop'), steps.get('ResizeEdge')
-    if crop is None:
-        return
-    if edge is not None:
-        edge['scale'] = round(max(to_pair(size)) * edge['scale'] / max(to_pair(crop['crop_size'])))
-    crop['crop_size'] = size
+        steps = {class_name(step): step for step in pipeline}
+        if crop := steps.get('CenterCrop'):
+            if edge := steps.get('ResizeEdge'):  # the short edge before it, in proportion
+                old = max(to_pair(crop['crop_size']))
+                edge['scale'] = round(max(to_pair(size)) * edge['scale'] / old)
+            crop['crop_size'] = size
 
 
 def _set_crop_of_segmentation(cfg: Any, size: tuple[int, int]) -> None:
@@ -174,22 +167,12 @@ def _set_crop_of_segmentation(cfg: Any, size: tuple[int, int]) -> None:
     old = to_pair(model['data_preprocessor']['size'])
     for preprocessor in (model['data_preprocessor'], model['data_preprocessor']['test_cfg']):
         preprocessor['size'] = size
-    test_cfg = model['test_cfg']
-    test_cfg['crop_size'] = size
-    test_cfg['stride'] = tuple(
-        round(stride * new / before)
-        for stride, new, before in zip(test_cfg['stride'], size, old, strict=True)
-    )
+    sides = zip(model['test_cfg']['stride'], size, old, strict=True)
+    stride = tuple(round(stride * new / before) for stride, new, before in sides)
+    model['test_cfg'].update(crop_size=size, stride=stride)
     for transform in find_transforms(cfg):
         if class_name(transform) == 'RandomCrop':
             transform['crop_size'] = size
         elif class_name(transform) in ('RandomResize', 'Resize'):
-            transform['scale'] = tuple(
-                round(side * max(size) / max(old)) for side in transform['scale']
-            )
-
-
-def _scaled(size: int | tuple[int, int], numerator: int, denominator: int) -> Any:
-    if isinstance(size, int):
-        return size * numerator // denominator
-    return tuple(side * numerator // denominator for side in size)
+            scale = (round(side * max(size) / max(old)) for side in transform['scale'])
+            transform['scale'] = tuple(scale)
