@@ -36,20 +36,10 @@ def paint_files(
     decoder: str | Path = DALLE_DECODER,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Paint what a pretrained CAE makes of image files.
+    """Run ``paint_reconstruction`` on the largest central crops of image files.
 
-    Args:
-        cfg: Config of the pretraining.
-        checkpoint: Its checkpoint, not an encoder alone.
-        images: Files; of each the largest central crop is shown.
-        decoder: Converted weights of DALL-E's decoder, needed for DALL-E's tokens only.
-        seed: Of the masks.
-
-    Returns:
-        See ``paint_reconstruction``.
-
-    Raises:
-        ValueError: If the config is none of CAE, lacks one of ``STEPS``, or does not fit.
+    Config and checkpoint are of a pretraining, not of an encoder alone; ``decoder`` are converted
+    weights of DALL-E's, needed for its tokens only; ``seed`` is of the masks.
     """
     if cfg.model.type != 'cae_mm.CAE':
         raise ValueError(f'the config describes {cfg.model.type}, but pictures need cae_mm.CAE')

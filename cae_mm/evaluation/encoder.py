@@ -88,14 +88,8 @@ def load_encoder(
 ) -> Encoder:
     """Build an ``Encoder`` with the weights of a checkpoint, in eval mode, and try it.
 
-    Args:
-        cfg: Config whose model is ``cae_mm.CAE``, or any whose model has a CAEViT or a backbone of
-            mmpretrain as ``backbone``: a classifier, or a pretraining like MAE.
-        checkpoint: See ``load_backbone``.
-        features: See ``Encoder``.
-        precision: See ``Encoder``.
-        device: Where to put it.
-        loading: Other options of ``load_backbone``.
+    ``loading`` are other options of ``load_backbone``. The model of ``cfg`` is a ``cae_mm.CAE``, or
+    one with a CAEViT or a backbone of mmpretrain as ``backbone``: a classifier, a pretraining.
     """
     backbone: Any = load_backbone(cfg, checkpoint, **loading)
     if hasattr(backbone, 'out_type'):  # of mmpretrain's transformers
@@ -112,11 +106,8 @@ def load_backbone(
 ) -> nn.Module:
     """Build ``model.backbone`` with the weights of a checkpoint instead of its ``init_cfg``.
 
-    Args:
-        cfg: One with a ``model.backbone``; others raise ValueError, as do weights that do not fit.
-        checkpoint: File to load, or 'random' for a new initialisation.
-        prefix: Of the backbone's keys in the file.
-        seed: Of the random initialisation.
+    Keys of the file begin with ``prefix``; a checkpoint 'random' is a new initialisation by
+    ``seed``.
     """
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmpretrain')):
         torch.manual_seed(seed)
@@ -142,9 +133,6 @@ def read_normalizer(cfg: Config) -> CAEDataPreprocessor:
 
     Reads ``model.data_preprocessor`` or ``data_preprocessor`` of mmpretrain, mmseg and mmdet; a
     ``cae_mm.CAE`` that names none has the defaults of ``CAEDataPreprocessor``.
-
-    Raises:
-        ValueError: If the config says nothing of it.
     """
     said = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
     options = {name: said[name] for name in ('mean', 'std', 'to_rgb') if name in said}

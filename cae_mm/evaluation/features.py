@@ -30,14 +30,10 @@ def labelled_images(folder: str | Path, size: tuple[int, int]) -> ImageFolder:
 
     Returns:
         Data set of (uint8 tensor (3, H, W), BGR; class index), classes and files by name.
-
-    Raises:
-        FileNotFoundError: If there is no such folder, it has no sub-folder, or one without images.
     """
+    crop = partial(central_crop, size=size)
     try:
-        return ImageFolder(
-            str(folder), loader=_load_image, transform=partial(central_crop, size=size)
-        )
+        return ImageFolder(str(folder), loader=_load_image, transform=crop)
     except OSError as error:
         raise FileNotFoundError(
             f'{folder} is no labelled folder: {error}. It needs one sub-folder for each class, '
@@ -82,20 +78,10 @@ def extract_features(
     num_workers: int | None = None,
     title: str | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the features of some images batch by batch, with a progress bar.
+    """Yield the features of the images ``rows``, float32 (B, F, D) on the CPU, batch by batch.
 
-    The global random generators are not touched.
-
-    Args:
-        encoder: Its backbone must be in eval mode.
-        images: See ``labelled_images``.
-        rows: Which of them, in this order.
-        batch_size: Images in a batch.
-        num_workers: Processes that read images; None takes one for each core, up to four.
-        title: Of the bar; None shows none.
-
-    Yields:
-        float32 tensors with shape (B, F, D) on the CPU.
+    The backbone must be in eval mode. The global random generators are not touched.
+    ``num_workers`` None takes one for each core, up to four; ``title`` None shows no progress.
     """
     loader = DataLoader(
         Subset(images, rows),
@@ -120,12 +106,7 @@ def cached_features(
     finished and what they are features of: all that they depend on. It is written after each
     batch, so that a stopped run goes on where it was. With the same batch size the result is then
     bit for bit that of a run that was not stopped; with another one, equal up to rounding.
-
-    Args:
-        folder: Made if it is missing. Features of anything else in it are replaced.
-        encoder: Its backbone must be in eval mode.
-        images: See ``labelled_images``.
-        loading: Options of ``extract_features``.
+    Features of anything else are replaced; ``loading`` are options of ``extract_features``.
 
     Returns:
         Read-only memory-mapped float32 array with shape (N, F, D).
@@ -136,8 +117,7 @@ def cached_features(
     if state_file.is_file() and array_file.is_file():
         state = json.loads(state_file.read_text())
         old = state['fingerprint']
-        stale = [kind for kind, value in fingerprint.items() if old.get(kind) != value]
-        if stale:
+        if stale := [kind for kind, value in fingerprint.items() if old.get(kind) != value]:
             print(f'{array_file} is of other {" and ".join(stale)}: extracting anew')
         else:
             done = state['done']
@@ -159,10 +139,7 @@ def cached_features(
 
 
 def make_fingerprint(encoder: Encoder, images: ImageFolder) -> dict[str, str]:
-    """Everything that features depend on, as strings by kind.
-
-    Image files count by name, size and time of change, not by content.
-    """
+    """Everything that features depend on; of images the name, size and time of change."""
     weights = hashlib.sha256()
     for name, value in encoder.backbone.state_dict().items():
         weights.update(name.encode())

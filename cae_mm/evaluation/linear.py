@@ -56,11 +56,8 @@ def logistic_regression(
 ) -> dict[str, Any]:
     """Fit scikit-learn's logistic regression on standardised features.
 
-    Args:
-        train: Every C is tried on a held-out part of it, the best one is then fitted to all.
-        val: What to report on.
-        seed: Of the held-out part.
-        cs: Values of C to try; of equally good ones the first is taken.
+    Each of ``cs`` is tried on a held-out part of ``train``, the best (of equally good ones the
+    first) is then fitted to all.
 
     Returns:
         ``C``, the ``accuracy`` on ``val``, ``held_out`` accuracies by C, and ``not_converged``,
@@ -94,21 +91,14 @@ def linear_sweep(
     val: Split,
     *,
     seed: int,
-    device: torch.device,
+    device: str | torch.device,
     epochs: int,
     lrs: Sequence[float] = LEARNING_RATES,
 ) -> dict[str, Any]:
     """Linear probe with the learning rate picked on held-out training features.
 
-    Two sweeps: one that leaves out the held-out part and picks, one on all of ``train``.
-
-    Args:
-        train: Features and labels.
-        val: What to report on.
-        seed: Of the held-out part, the initial weights and the order of images.
-        device: Where to train.
-        epochs: Passes over the training features.
-        lrs: Learning rates at batch size 256; of equally good ones the first is taken.
+    Two sweeps of ``lrs``, which are for batch size 256: one that leaves out the held-out part and
+    picks, of equally good ones the first, and one on all of ``train``.
 
     Returns:
         The picked ``lr``, its ``accuracy`` on ``val``, and ``held_out`` and ``val`` accuracies by
@@ -143,12 +133,9 @@ def train_sweep(
     Args:
         x: Standardised features with shape (N, D).
         y: Class indices with shape (N,), the largest class among them.
-        lrs: Learning rates.
+        lrs: The learning rate of each classifier.
         seed: Of initial weights (the same for all) and order.
         epochs: Passes over the features.
-
-    Returns:
-        The classifiers in the order of ``lrs``.
     """
     generator = torch.Generator().manual_seed(seed)
     first = nn.Linear(x.shape[1], int(y.max()) + 1)

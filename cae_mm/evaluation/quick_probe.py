@@ -50,14 +50,14 @@ class QuickProbe:
         return Path('work_dirs/quick_probe') / f'{Path(self.cfg.filename or "config").stem}_{name}'
 
     def run(self) -> dict[str, Any]:
-        """Check everything, extract features, judge them and write ``results.json``.
-
-        Returns:
-            What was judged, and ``results`` by feature and probe.
-        """
+        """Check everything, extract features, judge them; return what is in ``results.json``."""
         size = read_size(self.cfg)
         train, val = (labelled_images(folder, size) for folder in (self.train, self.val))
-        self._check(train, val)
+        check_same_classes(train, val)
+        if 'knn' in self.probes:
+            check_neighbors(self.k, len(train))
+        if set(self.probes) - {'knn'}:
+            check_class_sizes(np.array(train.targets), train.classes)
         encoder = load_encoder(
             self.cfg,
             self.checkpoint,
@@ -68,8 +68,7 @@ class QuickProbe:
             precision=self.precision,
         )
         print(f'features in {encoder.precision}')
-        fit_to = self._load(encoder, train, 'train')
-        judge_on = self._load(encoder, val, 'val')
+        fit_to, judge_on = self._load(encoder, train, 'train'), self._load(encoder, val, 'val')
         report = {
             'config': self.cfg.filename,
             'checkpoint': str(self.checkpoint),
@@ -86,13 +85,6 @@ class QuickProbe:
         (self.folder / 'results.json').write_text(json.dumps(report, indent=2) + '\n')
         return report
 
-    def _check(self, train: ImageFolder, val: ImageFolder) -> None:
-        check_same_classes(train, val)
-        if 'knn' in self.probes:
-            check_neighbors(self.k, len(train))
-        if set(self.probes) - {'knn'}:
-            check_class_sizes(np.array(train.targets), train.classes)
-
     def _load(self, encoder: Encoder, images: ImageFolder, name: str) -> dict[str, Split]:
         """Features by name with their labels, from the cache as far as they are in it."""
         array = cached_features(
@@ -108,16 +100,15 @@ class QuickProbe:
 
     def _judge(self, train: Split, val: Split) -> dict[str, Any]:
         """Results of the probes on one kind of features."""
-        device = torch.device(self.device)
         results: dict[str, Any] = {}
         if 'knn' in self.probes:
-            tensors = (torch.as_tensor(array, device=device) for array in (*train, *val))
+            tensors = (torch.as_tensor(array, device=self.device) for array in (*train, *val))
             results['knn'] = knn_accuracies(*tensors, ks=self.k)
         if 'logreg' in self.probes:
             results['logreg'] = logistic_regression(train, val, seed=self.seed)
         if 'linear' in self.probes:
             results['linear'] = linear_sweep(
-                train, val, seed=self.seed, device=device, epochs=self.epochs
+                train, val, seed=self.seed, device=self.device, epochs=self.epochs
             )
         return results
 
