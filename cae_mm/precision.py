@@ -56,25 +56,19 @@ def _for_cuda() -> Precision:
 
 
 def _for_cpu() -> Precision:
+    without = Precision(torch.float32, 'this CPU has no bfloat16 instructions')
     # oneDNN's answer respects ONEDNN_MAX_CPU_ISA, but is yes for any AVX-512
-    if not _onednn_takes_bfloat16():
-        return Precision(torch.float32, 'this CPU has no bfloat16 instructions')
-    if torch.backends.cpu.get_cpu_capability().startswith('AVX'):
-        native: dict[str, Any] = {
-            'AVX-512-BF16': getattr(torch.cpu, '_is_avx512_bf16_supported', None),
-            'AMX': getattr(torch.cpu, '_is_amx_tile_supported', None),
-        }
-        if not all(native.values()):
-            reason = f'torch {torch.__version__} cannot tell whether this CPU has bfloat16'
-            return Precision(torch.float32, reason)
-        names = [name for name, is_supported in native.items() if is_supported()]
-        if not names:
-            return Precision(torch.float32, 'this CPU has no bfloat16 instructions')
-        return Precision(torch.bfloat16, f'this CPU has {" and ".join(names)}')
-    return Precision(torch.bfloat16, 'this CPU has bfloat16 instructions')
-
-
-def _onednn_takes_bfloat16() -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    onednn = torch.backends.mkldnn.is_available()
+    if not (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return without
+    if not torch.backends.cpu.get_cpu_capability().startswith('AVX'):
+        return Precision(torch.bfloat16, 'this CPU has bfloat16 instructions')
+    native: dict[str, Any] = {
+        'AVX-512-BF16': getattr(torch.cpu, '_is_avx512_bf16_supported', None),
+        'AMX': getattr(torch.cpu, '_is_amx_tile_supported', None),
+    }
+    if not all(native.values()):
+        reason = f'torch {torch.__version__} cannot tell whether this CPU has bfloat16'
+        return Precision(torch.float32, reason)
+    names = [name for name, is_supported in native.items() if is_supported()]
+    return Precision(torch.bfloat16, f'this CPU has {" and ".join(names)}') if names else without

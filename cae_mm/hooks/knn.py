@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from mmengine.dist import all_gather, get_dist_info
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor
 from torchvision.datasets import ImageFolder
@@ -18,6 +17,7 @@ from cae_mm.evaluation.features import (
     subset_rows,
 )
 from cae_mm.evaluation.knn import check_neighbors, knn_accuracies
+from cae_mm.hooks.checkpoint import unwrap
 from cae_mm.registry import HOOKS
 
 
@@ -36,8 +36,7 @@ class KNNHook(Hook):
         max_images: Take at most so many images of each folder, drawn at random once and for all.
         feature: 'mean' of the patch tokens, or 'cls', the class token.
         precision: Of matrix products and convolutions, see ``choose_precision``.
-        batch_size: Images in a batch, for each process.
-        num_workers: Processes that read images, for each process.
+        batch_size, num_workers: Images in a batch and their readers, for each process.
     """
 
     priority = 'LOW'
@@ -73,8 +72,8 @@ class KNNHook(Hook):
         check_same_classes(train, val)
         self.subsets = [(images, subset_rows(images, self.max_images)) for images in (train, val)]
         check_neighbors([self.k], len(self.subsets[0][1]))
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        self.encoder = Encoder(model.backbone, runner.cfg, [self.feature], self.precision)
+        backbone: Any = unwrap(runner.model).backbone
+        self.encoder = Encoder(backbone, runner.cfg, [self.feature], self.precision)
         runner.logger.info(f'features for kNN in {self.encoder.precision}')
 
     def after_train_epoch(self, runner: Runner) -> None:

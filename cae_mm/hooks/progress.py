@@ -42,11 +42,7 @@ class ProgressHook(Hook):
         )
 
     def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: dict[str, Any],
-        outputs: dict[str, Any] | None = None,
+        self, runner: Runner, batch_idx: int, data_batch: dict[str, Any], outputs: Any = None
     ) -> None:
         """Move the bar; the time of the step is that which ``IterTimerHook`` took."""
         images = len(data_batch['data_samples']) * get_world_size()

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
+from cae_mm.hooks.checkpoint import unwrap
 from cae_mm.registry import FUNCTIONS, HOOKS
 
 
@@ -59,11 +59,7 @@ class NonFiniteLossHook(Hook):
     """
 
     def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: dict[str, Any],
-        outputs: dict[str, Any] | None = None,
+        self, runner: Runner, batch_idx: int, data_batch: dict[str, Any], outputs: Any = None
     ) -> None:
         """Check the loss that the Runner has logged already, so nothing is waited for twice."""
         history = runner.message_hub.log_scalars
@@ -98,11 +94,9 @@ class GumbelTemperatureHook(Hook):
         self.end = end
         self.share = share
 
-    def before_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: dict[str, Any] | None = None
-    ) -> None:
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Set the model's temperature from the iteration's number."""
         progress = min(runner.iter / max(self.share * runner.max_iters, 1), 1.0)
         cosine = (1 + math.cos(math.pi * progress)) / 2
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model: Any = unwrap(runner.model)
         model.temperature = self.end + (self.start - self.end) * cosine

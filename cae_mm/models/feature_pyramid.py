@@ -46,14 +46,7 @@ class ViTFeaturePyramid(BaseModule):
         )
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Resize the maps.
-
-        Args:
-            maps: One map per stride, or one for all, each (B, D, H/p, W/p).
-
-        Returns:
-            One map per stride, (B, D, H/stride, W/stride).
-        """
+        """Resize maps (B, D, H/p, W/p), one per stride or one for all, each to its stride."""
         if len(maps) not in (1, len(self.levels)):
             raise ValueError(
                 f'{len(maps)} maps for {len(self.levels)} strides: give the backbone one out_index '

@@ -11,12 +11,7 @@ import torch
 from mmpretrain.models.heads import LinearClsHead
 from torch import Tensor, nn
 
-from cae_mm.models.blocks import (
-    CrossAttention,
-    LayerNorm,
-    at_least_float32,
-    init_linear_and_norm,
-)
+from cae_mm.models.blocks import CrossAttention, LayerNorm, at_least_float32, init_linear_and_norm
 from cae_mm.registry import MODELS
 
 INIT = dict(type='TruncNormal', layer='Linear', std=0.01)  # MAE's, which the official probe takes
@@ -57,13 +52,8 @@ class AttentiveProbeHead(LinearProbeHead):
 
     One cross-attention without MLP and without skip connection. Keys and values are the patches'
     outputs, as in the paper; the official code gives the class token's among them. And it
-    evaluates with statistics of the test batch, here they are those of training.
-
-    Args:
-        num_classes: Number of classes.
-        in_channels: Width D of the features.
-        num_heads: Heads of the cross-attention; official: those of the encoder.
-        options: As ``LinearProbeHead``.
+    evaluates with statistics of the test batch, here they are those of training. The options are
+    those of ``LinearProbeHead`` and ``num_heads`` of the attention; official: the encoder's.
     """
 
     def __init__(

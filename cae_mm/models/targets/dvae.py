@@ -88,15 +88,9 @@ class DiscreteVAE(Tokenizer, BaseModel):
         )
 
     def forward(
-        self, inputs: Tensor, data_samples: list[Any] | None = None, mode: str = 'tensor'
+        self, inputs: Tensor, data_samples: Any = None, mode: str = 'tensor'
     ) -> dict[str, Tensor] | Tensor:
-        """Train ('loss') or paint the images from their own tokens ('tensor').
-
-        Args:
-            inputs: Images in [-1, 1], shape (B, 3, H, W), sides multiples of 8.
-            data_samples: Not used.
-            mode: 'loss' or 'tensor'.
-        """
+        """Train ('loss') or paint (B, 3, 8h, 8w) images from their own tokens ('tensor')."""
         if mode == 'loss':
             return self.loss(inputs)
         if mode == 'tensor':
@@ -119,9 +113,8 @@ class DiscreteVAE(Tokenizer, BaseModel):
         rec = self.decoder(codes)
         usage = logits.softmax(-1).flatten(0, 2).mean(0)  # [K]
         best = logits.argmax(-1).flatten()  # [B*h*w]
-        hard = torch.zeros_like(usage).scatter_add_(
-            0, best, torch.ones_like(best, dtype=usage.dtype)
-        )
+        ones = torch.ones_like(best, dtype=usage.dtype)
+        hard = torch.zeros_like(usage).scatter_add_(0, best, ones)
         return {
             'loss_rec': F.mse_loss(rec.float(), images),
             'loss_usage': self.usage_weight * (math.log(len(usage)) - _entropy(usage)),
