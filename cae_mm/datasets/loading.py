@@ -8,7 +8,7 @@ import mmengine.fileio as fileio
 import numpy as np
 from mmcv.transforms import BaseTransform
 from mmengine.logging import print_log
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cae_mm.registry import TRANSFORMS
 
@@ -42,10 +42,12 @@ class LoadImage(BaseTransform):
             with Image.open(io.BytesIO(fileio.get(path, self.backend_args))) as image:
                 array = np.array(to_rgb(image))
         except Exception as error:  # Pillow's decoders raise almost anything on broken files
-            message = f'cannot read the image {path}: {error}'
+            unknown = isinstance(error, UnidentifiedImageError)
+            message = f'cannot read the image {path}: {"no image file" if unknown else error}'
             if self.on_error == 'raise':
                 raise OSError(
-                    f"{message}. Mend or remove the file, or set on_error='skip' in LoadImage"
+                    f'{message}. Fix or remove the file, or set '
+                    'settings.transforms.LoadImage.on_error=skip'
                 ) from error
             print_log(f'{message}. Skipped', logger='current', level=logging.WARNING)
             return None

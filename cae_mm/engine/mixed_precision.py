@@ -78,7 +78,9 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
 
     def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
         """Start counting batches; schedules may step before the first update."""
-        super().initialize_count_status(model, init_counts, max_counts)
+        # mmengine warns of gradients that were lost where a resumed run begins; none are
+        super().initialize_count_status(model, 0, max_counts)
+        self._inner_count = init_counts
         self._global_step = 0  # where it is -1 mmengine warns
 
     def should_update(self) -> bool:

@@ -2,14 +2,16 @@
 
 import os
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import joblib
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
+from torch import nn
 
-from cae_mm.engine.settings import LOADERS, apply_settings
+from cae_mm.engine.settings import LOADERS, apply_settings, find_datasets
 from cae_mm.registry import RUNNERS
 
 WORLD_SIZE = {'pytorch': 'WORLD_SIZE', 'slurm': 'SLURM_NTASKS', 'mpi': 'OMPI_COMM_WORLD_SIZE'}
@@ -46,10 +48,25 @@ class CAERunner(Runner):
             torch.set_num_threads(_count_cores(self._launcher))
         super().setup_env(env_cfg)
 
+    def train(self) -> nn.Module:
+        """Train, if the data is there."""
+        for dataset in find_datasets({'train_dataloader': self.cfg.get('train_dataloader')}):
+            root = dataset.get('data_root')
+            if root and '://' not in root and not Path(root).exists():
+                raise FileNotFoundError(
+                    f'no data at {Path(root).absolute()}: set settings.data_root to its folder'
+                )
+        return super().train()
+
 
 def fit_config(cfg: Config) -> list[str]:
-    """Apply the settings, fit a config to this machine, and return what to say of it."""
+    """Apply the settings, fit a config to this machine, and return what to say of it.
+
+    Raises:
+        ValueError: If a schedule begins after the last epoch.
+    """
     apply_settings(cfg, **(cfg.pop('settings', None) or {}))
+    _check_schedules(cfg)
     cpu_batch_size = (cfg.pop('settings', None) or {}).get('cpu_batch_size')
     launcher = cfg.get('launcher', 'none')
     remarks = _fit_loaders(cfg, launcher)
@@ -59,6 +76,18 @@ def fit_config(cfg: Config) -> list[str]:
         wrapper = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
         cfg.model_wrapper_cfg = wrapper
     return remarks + fit_batch(cfg, count_processes(launcher), cpu_batch_size)
+
+
+def _check_schedules(cfg: Config) -> None:
+    epochs = (cfg.get('train_cfg') or {}).get('max_epochs')
+    schedulers: Any = cfg.get('param_scheduler') or []
+    for scheduler in [schedulers] if isinstance(schedulers, dict) else schedulers:
+        begin = scheduler.get('begin', 0) if scheduler.get('by_epoch', True) else 0
+        if epochs and begin >= epochs:
+            raise ValueError(
+                f'{scheduler["type"]} of param_scheduler begins at epoch {begin}, but '
+                f'train_cfg.max_epochs is {epochs}: settings.epochs={epochs} shortens both'
+            )
 
 
 def count_processes(launcher: str) -> int:

@@ -9,12 +9,21 @@ or in a config of one's own, whose ``_base_`` is edited in place:
 """
 
 import difflib
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from cae_mm.patches import to_pair
 
-SETTINGS = ('batch_size', 'cpu_batch_size', 'data_root', 'img_size', 'mask_ratio', 'transforms')
+SETTINGS = (
+    'batch_size',
+    'cpu_batch_size',
+    'data_root',
+    'epochs',
+    'img_size',
+    'mask_ratio',
+    'transforms',
+)
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 PIPELINES = ('train_pipeline', 'test_pipeline')
 TOKEN_SIZE = 8  # pixels of the second view per token, along each side
@@ -30,6 +39,7 @@ def apply_settings(cfg: Any, **settings: Any) -> None:
             tokenizer, where that is trained) sees; crops, second view and evaluation follow;
             ``mask_ratio``: share of the patches that are masked;
             ``data_root``: folder of the data, for training and evaluation;
+            ``epochs``: of training; warm-up and milestones change in proportion;
             ``batch_size``: images in a training step of one process;
             ``cpu_batch_size``: at most so many where there is no GPU, unless ``batch_size`` is
             said beside it;
@@ -49,7 +59,9 @@ def apply_settings(cfg: Any, **settings: Any) -> None:
         elif name == 'mask_ratio':
             _set_transforms(cfg, {'CAEMaskGenerator': {'mask_ratio': value}})
         elif name == 'data_root':
-            _set_data_root(cfg, value)
+            _set_data_root(cfg, os.path.expanduser(value))
+        elif name == 'epochs':
+            _set_epochs(cfg, value)
         elif name == 'batch_size':
             cfg['train_dataloader']['batch_size'] = value
         else:
@@ -122,6 +134,24 @@ def _set_data_root(cfg: Any, root: str) -> None:
         for old in roots - {''}:
             if path.startswith(old):
                 evaluator['ann_file'] = f'{root.rstrip("/")}/{path.removeprefix(old).lstrip("/")}'
+
+
+def _set_epochs(cfg: Any, epochs: int) -> None:
+    before = cfg['train_cfg'].get('max_epochs')
+    if before is None:
+        raise ValueError('settings.epochs: this config counts updates, set train_cfg.max_iters')
+    cfg['train_cfg']['max_epochs'] = epochs
+    for scheduler in cfg.get('param_scheduler') or []:
+        keys = (
+            {'begin', 'end', 'T_max'} & scheduler.keys() if scheduler.get('by_epoch', True) else ()
+        )
+        for key in keys:  # whole epochs, but no warm-up of more than half of the training
+            if scheduler[key]:
+                new = max(round(scheduler[key] * epochs / before), 1)
+                scheduler[key] = new if scheduler[key] >= before else min(new, epochs / 2)
+        if 'milestones' in scheduler and scheduler.get('by_epoch', True):
+            milestones = (round(at * epochs / before) for at in scheduler['milestones'])
+            scheduler['milestones'] = sorted({max(at, 1) for at in milestones})
 
 
 def _set_img_size(cfg: Any, value: int | tuple[int, int]) -> None:

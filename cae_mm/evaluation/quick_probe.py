@@ -46,7 +46,8 @@ class QuickProbe:
         if self.out is not None:
             return Path(self.out)
         is_random = self.checkpoint == RANDOM
-        name = f'random-{self.seed}' if is_random else Path(self.checkpoint).stem
+        path = Path(self.checkpoint)
+        name = f'random-{self.seed}' if is_random else f'{path.absolute().parent.name}_{path.stem}'
         return Path('work_dirs/quick_probe') / f'{Path(self.cfg.filename or "config").stem}_{name}'
 
     def run(self) -> dict[str, Any]:

@@ -28,8 +28,16 @@ class EpochSeedHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Let gathering of gradients end with the epoch, so that no checkpoint loses some."""
-        if isinstance(runner.train_loop, EpochBasedTrainLoop):
-            runner.optim_wrapper.epoch_length = len(runner.train_dataloader)
+        if not isinstance(runner.train_loop, EpochBasedTrainLoop):
+            return
+        wrapper: Any = runner.optim_wrapper
+        wrapper.epoch_length = length = len(runner.train_dataloader)
+        steps = getattr(wrapper, '_accumulative_counts', 1)
+        if length < steps:
+            runner.logger.warning(
+                f'an epoch has {length} steps, so that gradients are gathered over {length}, not '
+                f'over {steps} as the learning rate is for: lower it, or take more images'
+            )
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Seed Python, numpy and torch of this process; workers derive theirs from torch's."""

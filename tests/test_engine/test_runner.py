@@ -10,6 +10,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, RUNNERS
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from cae_mm.engine import CAERunner
 from cae_mm.engine.runner import count_processes, fit_batch, fit_config
 
 ROOT = Path(__file__).parent.parent.parent / 'configs'
@@ -232,3 +233,20 @@ def test_run_and_a_run_of_what_it_dumped(tmp_path):
     assert again.cfg.train_cfg.max_iters == 6
     for name in ('optim_wrapper', 'param_scheduler', 'train_cfg', 'default_hooks'):
         assert again.cfg[name] == dumped[name]
+
+
+def test_schedule_that_begins_after_the_end_names_the_way_out():
+    late = dict(type='CosineAnnealingLR', by_epoch=True, begin=10)
+    cfg = toy(train_cfg=dict(by_epoch=True, max_epochs=2), param_scheduler=[late])
+    message = (
+        'CosineAnnealingLR of param_scheduler begins at epoch 10, .* settings.epochs=2 shortens'
+    )
+    with pytest.raises(ValueError, match=message):
+        fit_config(cfg)
+
+
+def test_missing_data_is_named_before_anything_is_trained(tmp_path):
+    cfg = toy(work_dir=str(tmp_path))
+    cfg.train_dataloader.dataset.data_root = str(tmp_path / 'absent')
+    with pytest.raises(FileNotFoundError, match='no data at .*absent: set settings.data_root'):
+        CAERunner.from_cfg(cfg).train()

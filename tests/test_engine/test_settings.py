@@ -172,3 +172,23 @@ def test_options_that_nothing_looks_at_are_errors(tmp_path):
         load_config(ROOT / LEAVES['cae'], {'modell.type': 'A'})
     with pytest.raises(FileNotFoundError, match=f'no config at {tmp_path / "none.py"}'):
         load_config(tmp_path / 'none.py')
+
+
+@pytest.mark.parametrize(
+    ('name', 'epochs', 'warmup'), [('linear', 30, 3), ('linear', 900, 100), ('finetune', 1, 0.5)]
+)
+def test_epochs_shorten_the_schedule_in_proportion(name, epochs, warmup):
+    cfg = read(name, False)
+    apply_settings(cfg, epochs=epochs)
+    first, cosine = cfg.param_scheduler
+    assert (cfg.train_cfg.max_epochs, first.end, cosine.begin) == (epochs, warmup, warmup)
+
+
+def test_epochs_move_milestones_and_are_not_for_iterations():
+    cfg = read('upernet', False)
+    with pytest.raises(ValueError, match='counts updates, set train_cfg.max_iters'):
+        apply_settings(cfg, epochs=3)
+    cfg.train_cfg = dict(max_epochs=12)
+    cfg.param_scheduler = [dict(type='MultiStepLR', by_epoch=True, milestones=[9, 11])]
+    apply_settings(cfg, epochs=4)
+    assert cfg.param_scheduler[0].milestones == [3, 4]
