@@ -8,28 +8,18 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from cae_mm.conversion.convert import PARTS, Conversion, convert_checkpoint
+from cae_mm.conversion.rules import print_counts
 from cae_mm.conversion.sources import SOURCES
 
 
-def print_report(result: Conversion, console: Console) -> None:
-    """Print what became of each key, the sizes, and what was assumed."""
-    table = Table(title=f'{result.source} -> {result.path}')
-    for column in ('theirs', 'ours', 'keys', 'note'):
-        table.add_column(column, overflow='fold')
-    for row in result.rows:
-        table.add_row(row.foreign, row.ours, str(row.count), row.note)
-    console.print(table)
+def print_report(result: Conversion) -> None:
+    """Print what became of each key, what was assumed, and the sizes."""
+    print_counts(f'{result.source} -> {result.path}', result.counts, result.remarks)
     for part in ('encoder', 'neck'):
         if part in result.metadata:
-            sizes = ', '.join(f'{k} {v}' for k, v in result.metadata[part].items())
-            console.print(f'{part}: {sizes}', highlight=False)
-    for remark in result.remarks:
-        console.print(f'note: {remark}', style='yellow', highlight=False)
-    console.print(f'{len(result.state)} tensors written to {result.path}', highlight=False)
+            print(f'{part}:', ', '.join(f'{k} {v}' for k, v in result.metadata[part].items()))
+    print(f'{len(result.state)} tensors written to {result.path}')
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
-    print_report(result, Console())
+    print_report(result)
     return 0
 
 

@@ -8,29 +8,20 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from cae_mm.conversion.convert import PARTS
 from cae_mm.conversion.export import Export, export_checkpoint
+from cae_mm.conversion.rules import print_counts
 from cae_mm.conversion.targets import TARGETS
 
 
-def print_report(result: Export, target: str, console: Console) -> None:
+def print_report(result: Export, target: str) -> None:
     """Print what became of each key, how features compare, and how the result is loaded."""
-    table = Table(title=f'{result.path} for {target}')
-    for column in ('theirs', 'ours', 'keys', 'note'):
-        table.add_column(column, overflow='fold')
-    for row in result.rows:
-        table.add_row(row.foreign, row.ours, str(row.count), row.note)
-    console.print(table)
-    for remark in result.remarks:
-        console.print(f'note: {remark}', style='yellow', highlight=False)
+    print_counts(f'{result.path} for {target}', result.counts, result.remarks)
     for dtype, error in result.errors.items():
-        console.print(f'features in {dtype} differ by {error:.2g} of the largest', highlight=False)
+        print(f'features in {dtype} differ by {error:.2g} of the largest')
     if not result.errors:
-        console.print('converted back, all weights are bit for bit the same', highlight=False)
-    console.print(f'written: {result.path}\nload it: {result.usage}', highlight=False, markup=False)
+        print('converted back, all weights are bit for bit the same')
+    print(f'written: {result.path}\nload it: {result.usage}')
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         'out', type=Path, metavar='OUT', help="file or folder to write; the name gets the part's"
     )
-    parser.add_argument('--target', choices=(*TARGETS, 'official'), required=True)
+    parser.add_argument('--target', choices=TARGETS, required=True)
     parser.add_argument('--part', choices=PARTS, help='default: all that the target has')
     parser.add_argument('--num-heads', type=int, help='where the file does not tell')
     parser.add_argument('--img-size', type=int, nargs=2, help='where the file does not tell')
@@ -64,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
-    print_report(result, args.target, Console())
+    print_report(result, args.target)
     return 0
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from cae_mm.checkpoints import EncoderDescription, read_checkpoint
 from cae_mm.checkpoints.files import write_safetensors
 from cae_mm.checkpoints.pretrained import compare_keys, guess_source, name_some, strip_prefix
 from cae_mm.conversion.paddle import SUFFIXES, read_paddle
-from cae_mm.conversion.rules import LeaveOut, Move, Row, Rule, Translation, count_blocks, to_ours
+from cae_mm.conversion.rules import LeaveOut, Move, Rule, Translation, to_ours
 from cae_mm.conversion.sizes import (
+    DECODER_HEADS,
     describe_weights,
-    find_grids,
+    find_sizes,
     fixed_tensors,
     position_tolerance,
     read_neck_sizes,
@@ -36,7 +37,7 @@ class Conversion:
     source: str  # the project that it comes from
     description: EncoderDescription
     neck: dict[str, Any] | None  # arguments of CAENeck, None without regressor and decoder
-    rows: list[Row]  # what became of each key
+    counts: dict[Rule, int]  # keys that became what each rule says
     remarks: list[str]  # what was assumed or added
     path: Path | None = None  # the file written
 
@@ -124,11 +125,7 @@ def translate(
     num_heads: int | None = None,
     decoder_heads: int | None = None,
 ) -> Conversion:
-    """Translate a state dict and check it against our models; nothing is written.
-
-    Raises:
-        ValueError: See ``convert_checkpoint``.
-    """
+    """Do what ``convert_checkpoint`` does with a state dict; nothing is written."""
     if part not in (None, *PARTS):
         raise ValueError(f"Unknown part '{part}': choose one of {PARTS}")
     source = source or guess_source(state)
@@ -149,34 +146,33 @@ def translate(
     ours = translated.state
     if part == 'full' and part_of(ours) == 'encoder':
         raise ValueError("it holds an encoder only: leave out part='full'")
-    remarks = _complete(ours)
-    description = describe_weights(
-        ours,
-        source=source,
-        num_heads=num_heads,
-        grids=find_grids(translated.checks),
-        pooled_norm=bool(translated.pooled),
-        remarks=remarks,
+    pooled = any(rule.pooled for rule in translated.counts)
+    description, remarks = describe_weights(
+        ours, source=source, num_heads=num_heads, pooled_norm=pooled
     )
-    neck = read_neck_sizes(
-        ours, description, source=source, num_heads=decoder_heads, remarks=remarks
-    )
+    img_size, pretrain_img_size = find_sizes(translated.checks, description.patch_size)
+    description = replace(description, img_size=img_size, pretrain_img_size=pretrain_img_size)
+    heads = decoder_heads or DECODER_HEADS.get(source, description.num_heads)
+    neck = read_neck_sizes(ours, description.embed_dims, heads)
+    if neck and not decoder_heads:
+        remarks.append(
+            f'{heads} heads of regressor and decoder assumed: the file does not tell, '
+            '--decoder-heads does'
+        )
+    remarks += _complete(ours, description)
     _check_fit(ours, description, neck, rules)
-    _check_duplicates(translated, description, neck)
-    return Conversion(ours, source, description, neck, translated.rows, remarks)
+    _check_duplicates(translated, description)
+    return Conversion(ours, source, description, neck, translated.counts, remarks)
 
 
-def _complete(state: dict[str, Tensor]) -> list[str]:
+def _complete(state: dict[str, Tensor], d: EncoderDescription) -> list[str]:
     """Write what may be left out because it changes nothing, and say so."""
     remarks = []
-    if 'backbone.cls_token' not in state:
-        raise ValueError('it has no class token, which a CAEViT needs')
-    width = state['backbone.cls_token'].shape[-1]
     neutral = {'gamma_1': 1.0, 'gamma_2': 1.0, 'attn.q_bias': 0.0, 'attn.v_bias': 0.0}
     for name, value in neutral.items():
-        if not any(key.startswith('backbone.') and key.endswith(f'.{name}') for key in state):
-            blocks = range(count_blocks(state))
-            state |= {f'backbone.blocks.{i}.{name}': torch.full((width,), value) for i in blocks}
+        keys = [f'backbone.blocks.{i}.{name}' for i in range(d.depth)]
+        if state.keys().isdisjoint(keys):
+            state |= {key: torch.full((d.embed_dims,), value) for key in keys}
             remarks.append(f'no {name} in the file: {value:g} in all blocks, which is the same')
     return remarks
 
@@ -200,8 +196,7 @@ def _check_fit(
         missing = [_name_foreign(prefix + key, rules) for key in match.missing]
         named = f' (in the file: {name_some(missing)})' if missing else ''
         if match.problems:
-            name = type(module).__name__
-            raise ValueError(f'it does not fit {name}: {match.explanation}{named}')
+            raise ValueError(f'it does not fit {type(module).__name__}: {match.explanation}{named}')
 
 
 def _name_foreign(key: str, rules: list[Rule]) -> str:
@@ -209,11 +204,9 @@ def _name_foreign(key: str, rules: list[Rule]) -> str:
     return next((' + '.join(some) for some in names if some), key)
 
 
-def _check_duplicates(
-    translated: Translation, description: EncoderDescription, neck: dict[str, Any] | None
-) -> None:
+def _check_duplicates(translated: Translation, description: EncoderDescription) -> None:
     """Compare what the file has twice, or has and we compute."""
-    computed = fixed_tensors(description, neck['embed_dims'] if neck else None)
+    computed = fixed_tensors(description, translated.state)
     for key, (ours, tensor) in translated.checks.items():
         expected = translated.state.get(ours, computed.get(ours))
         if expected is None:
@@ -235,14 +228,7 @@ def part_of(state: dict[str, Tensor]) -> str:
 
 
 def name_output(out: str | Path, source: Path, state: dict[str, Tensor], suffix: str) -> Path:
-    """Return the path to write: named after ``out``, or after the source if that is a folder.
-
-    Args:
-        out: As the user named it.
-        source: The file that was read.
-        state: Our weights; the name ends in what part of a model they are.
-        suffix: Of the file; '' if a folder is written.
-    """
+    """Name what is written after ``out`` or, if that is a folder, after the file that was read."""
     out, ending = Path(out).expanduser(), f'_{part_of(state)}'
     if suffix and out.is_dir():
         out = out / source.stem

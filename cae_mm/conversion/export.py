@@ -1,7 +1,8 @@
 """Carry weights out: to mmpretrain, timm, Hugging Face and the official code.
 
 Before anything is written, the other project's own network is filled with the weights and has to
-give the same features on a test image.
+give the same features on a test image; the official code, which is no package, is not there, so
+its weights have to come back the same.
 """
 
 from collections import Counter
@@ -12,15 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cae_mm.checkpoints import Checkpoint, EncoderDescription, read_checkpoint
+from cae_mm.checkpoints import EncoderDescription, read_checkpoint
 from cae_mm.checkpoints.pretrained import find_file, strip_prefix
 from cae_mm.conversion.convert import PARTS, name_output, translate
-from cae_mm.conversion.rules import Row, to_foreign
+from cae_mm.conversion.rules import LeaveOut, Rule, to_foreign
 from cae_mm.conversion.sizes import describe_weights, fixed_tensors
-from cae_mm.conversion.sources import INDEX, OFFICIAL, OFFICIAL_FINETUNED, TABLE
-from cae_mm.conversion.targets import TARGETS, Network, Target
+from cae_mm.conversion.sources import INDEX, TABLE
+from cae_mm.conversion.targets import TARGETS, Network
 from cae_mm.models import build_encoder
-from cae_mm.patches import grid_of, to_pair
+from cae_mm.patches import to_pair
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}  # of the largest value
 
@@ -30,10 +31,10 @@ class Export:
     """What went out."""
 
     path: Path  # the file or folder written
-    rows: list[Row]  # what became of each key
+    counts: dict[Rule, int]  # keys that each rule made or left out
     remarks: list[str]  # what was assumed
     # largest difference of features over the largest feature, by precision; empty where the check
-    # is the way back instead ('official')
+    # is the way back instead
     errors: dict[torch.dtype, float]
     usage: str  # how the other project loads it
 
@@ -68,101 +69,95 @@ def export_checkpoint(
         ValueError: If the weights have no exact place there, or an option contradicts the file.
         RuntimeError: If the other network gives other features.
     """
-    if target not in (*TARGETS, 'official'):
-        raise ValueError(f"Unknown target '{target}': choose one of {(*TARGETS, 'official')}")
+    if target not in TARGETS:
+        raise ValueError(f"Unknown target '{target}': choose one of {tuple(TARGETS)}")
     if part not in (None, *PARTS):
         raise ValueError(f"Unknown part '{part}': choose one of {PARTS}")
     path = find_file(source_path, 'export')
     file = read_checkpoint(path)
-    remarks: list[str] = []
     size = None if img_size is None else to_pair(img_size)
-    description = file.description or _assume(file, num_heads, size, pooled, remarks)
+    description = file.description
+    remarks: list[str] = []
     for name, given in dict(num_heads=num_heads, img_size=size, pooled_norm=pooled).items():
-        told = getattr(description, name)
+        told = getattr(description, name, given)
         if given not in (None, told):
             raise ValueError(f'{path} tells {name}={told}, not {given}: leave the option out')
-    if part == 'encoder':
-        places: tuple[str, ...] = ('backbone',)
-    elif target == 'official':
-        places = ('backbone', 'neck' if 'neck.mask_token' in file.state else 'head')
-    else:
-        places = TARGETS[target].places
+    places = {'backbone'} if part == 'encoder' else set(TARGETS[target].places)
+    # the neck of dense prediction has no mask token, and pretraining no classifier
+    places.discard('head' if 'neck.mask_token' in file.state else 'neck')
     state = {k: v for k, v in file.state.items() if k.split('.')[0] in places}
     left = Counter(k.split('.')[0] for k in file.state if k not in state)
     try:
-        if target == 'official':
-            rows, errors, write = _to_official(state, description)
-        else:
-            rows, errors, write = _to_network(TARGETS[target], state, description)
+        if description is None:
+            description, remarks = _assume(file.state, num_heads, size, pooled)
+        network, weights, counts, errors = _fill(target, state, description)
     except ValueError as error:
         raise ValueError(f'{path} cannot be exported to {target}: {error}') from error
-    rows += [Row('(left out)', f'{k}.{{rest}}', n, 'not exported') for k, n in left.items()]
-    suffix = '.pth' if target == 'official' else TARGETS[target].suffix
-    place = name_output(out, path, state, suffix)
-    return Export(place, rows, remarks, errors, write(place))
+    counts |= {LeaveOut('(left out)', f'{k}.{{rest}}', 'not exported'): n for k, n in left.items()}
+    place = name_output(out, path, state, TARGETS[target].suffix)
+    return Export(place, counts, remarks, errors, network.write(place, weights))
 
 
 def _assume(
-    file: Checkpoint,
+    state: dict[str, Tensor],
     num_heads: int | None,
     img_size: tuple[int, int] | None,
     pooled: bool | None,
-    remarks: list[str],
-) -> EncoderDescription:
-    """Describe the encoder of a file that does not; adds remarks on what is assumed."""
-    for key in ('backbone.cls_token', 'backbone.patch_embed.proj.weight'):
-        if key not in file.state:
-            raise ValueError(
-                f'{file.path} is no checkpoint of this project: it has no {key!r}. Weights of '
-                'others are brought in with tools/convert_checkpoint.py'
-            )
+) -> tuple[EncoderDescription, list[str]]:
+    """Describe the encoder of a file that does not, and say what is assumed."""
+    if 'backbone.cls_token' not in state:
+        raise ValueError(
+            "it is no checkpoint of this project, it has no 'backbone.cls_token'. Weights of "
+            'others are brought in with tools/convert_checkpoint.py'
+        )
+    remarks = []
     if img_size is None:
+        img_size = 224, 224
         remarks.append('pictures of 224x224 pixels assumed: --img-size')
     if pooled is None:
-        pooled = any(key.endswith(TABLE) for key in file.state)
+        pooled = any(key.endswith(TABLE) for key in state)
         how = 'the mean of the patch tokens' if pooled else 'each token'
         remarks.append(f'the final norm is assumed to be applied to {how}: --pool')
-    patch_size = file.state['backbone.patch_embed.proj.weight'].shape[-1]
-    try:
-        return describe_weights(
-            file.state,
-            source='',
-            num_heads=num_heads,
-            grids=(grid_of(img_size or (224, 224), patch_size),) * 2,
-            pooled_norm=pooled,
-            remarks=remarks,
-        )
-    except ValueError as error:
-        raise ValueError(f'{file.path} cannot be exported: {error}') from error
+    description, more = describe_weights(
+        state, source='', num_heads=num_heads, img_size=img_size, pooled_norm=pooled
+    )
+    return description, remarks + more
 
 
-def _to_network(
-    target: Target, state: dict[str, Tensor], description: EncoderDescription
-) -> tuple[list[Row], dict[torch.dtype, float], Callable[[Path], str]]:
-    """Fill the other project's network, compare features, and return how it is written."""
-    if target.needs_norm and not description.final_norm:
+def _fill(
+    target: str, state: dict[str, Tensor], description: EncoderDescription
+) -> tuple[Network, dict[str, Tensor], dict[Rule, int], dict[torch.dtype, float]]:
+    """Translate the weights, fill the other project's network, and check what came out."""
+    if TARGETS[target].needs_norm and not description.final_norm:
         raise ValueError(
             'it has no final norm (it is of dense prediction), the network there always does'
         )
-    classes = len(state['head.fc.weight']) if 'head.fc.weight' in state else 0
-    network = target.build(description, classes)
-    network.module.eval()
-    computed = fixed_tensors(description)
-    result = to_foreign(state, computed, target.rules, description.pooled_norm)
-    other = network.module.state_dict()
+    network = TARGETS[target].build(description, state)
+    computed = fixed_tensors(description, state)
+    weights, counts = to_foreign(state, computed, network.rules, description.pooled_norm)
+    if network.module is None:
+        back = translate(weights, target, num_heads=description.num_heads).state
+        if back.keys() != state.keys() or any(not torch.equal(back[k], state[k]) for k in state):
+            raise RuntimeError(f'the way back from {target} names gives other weights')
+        return network, weights, counts, {}
+    known = network.module.state_dict()
     # the index of relative positions is stored by some versions only
-    weights = {k: v for k, v in result.state.items() if k in other or not k.endswith(INDEX)}
+    weights = {k: v for k, v in weights.items() if k in known or not k.endswith(INDEX)}
     network.module.load_state_dict(weights)
     ours = build_encoder(description).eval()
     ours.load_state_dict(strip_prefix(state, 'backbone.'))
-    errors = _compare_features(ours, network, (description.in_channels, *description.img_size))
+    shape = (description.in_channels, *description.img_size)
+    errors = _compare_features(ours, network.module.eval(), network.features, shape)
     network.module.float().load_state_dict(weights)  # undo the rounding of the comparison
-    return result.rows, errors, network.write
+    return network, weights, counts, errors
 
 
 @torch.no_grad()
 def _compare_features(
-    ours: nn.Module, other: Network, shape: tuple[int, ...]
+    ours: nn.Module,
+    other: nn.Module,
+    features: Callable[[Tensor], Tensor],
+    shape: tuple[int, ...],
 ) -> dict[torch.dtype, float]:
     """Compare the largest difference on a seeded random image with ``TOLERANCES``."""
     generator = torch.Generator().manual_seed(0)
@@ -170,8 +165,8 @@ def _compare_features(
     errors = {}
     for dtype, tolerance in TOLERANCES.items():
         expected = ours.to(dtype)(images.to(dtype))[0]
-        other.module.to(dtype)
-        actual = other.features(images.to(dtype))
+        other.to(dtype)
+        actual = features(images.to(dtype))
         errors[dtype] = ((actual - expected).abs().max() / expected.abs().max()).item()
         if not errors[dtype] <= tolerance:
             raise RuntimeError(
@@ -181,26 +176,3 @@ def _compare_features(
                 '`python -m cae_mm.doctor` prints'
             )
     return errors
-
-
-def _to_official(
-    state: dict[str, Tensor], description: EncoderDescription
-) -> tuple[list[Row], dict[torch.dtype, float], Callable[[Path], str]]:
-    """Give weights the official names, and check that the way back gives the same."""
-    neck_width = state['neck.mask_token'].shape[-1] if 'neck.mask_token' in state else None
-    finetuned = 'head.fc.weight' in state or description.pooled_norm
-    rules = OFFICIAL_FINETUNED if finetuned else OFFICIAL
-    computed = fixed_tensors(description, neck_width)
-    result = to_foreign(state, computed, rules, description.pooled_norm)
-    weights = result.state
-    if neck_width is None and not finetuned:
-        weights = {k: v for k, v in weights.items() if k.startswith('encoder.')}
-    back = translate(weights, 'official', num_heads=description.num_heads).state
-    if back.keys() != state.keys() or any(not torch.equal(back[k], state[k]) for k in state):
-        raise RuntimeError('the way back from official names gives other weights')
-
-    def write(place: Path) -> str:
-        torch.save({'model': weights}, place)
-        return f'--finetune {place}, --model_key model (official run_class_finetuning.py)'
-
-    return result.rows, {}, write

@@ -28,10 +28,8 @@ def read_paddle(path: Path) -> dict[str, Tensor]:
         content = content['model']
     if not isinstance(content, dict):
         raise ValueError(f'{path} holds no state dict (a dict of arrays)')
-    # Paddle's table of internal names
-    return {
-        k: _tensor(k, v, path) for k, v in content.items() if k != 'StructuredToParameterName@@'
-    }
+    content.pop('StructuredToParameterName@@', None)  # Paddle's table of internal names
+    return {k: _tensor(k, v, path) for k, v in content.items()}
 
 
 def _tensor(key: str, value: Any, path: Path) -> Tensor:

@@ -6,10 +6,13 @@ anything. What a table of rules does not name is an error, in either direction.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
+from rich.console import Console
+from rich.table import Column, Table
 from torch import Tensor
 
 from cae_mm.checkpoints.pretrained import name_some
@@ -54,31 +57,13 @@ class LeaveOut(Rule):
     """Tensors of theirs that are not taken, and why."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of the report: what became of the keys of one rule."""
+class Translation(NamedTuple):
+    """What the rules make of another project's state dict."""
 
-    foreign: str
-    ours: str
-    count: int
-    note: str = ''
-
-
-@dataclass
-class Translation:
-    """What the rules make of a state dict."""
-
-    state: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, Tensor]  # under our names
     # key of theirs -> what must equal it, a key of ours or of what we compute, and its tensor
-    checks: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
-    pooled: bool | None = None  # whether the final norm is that of the mean of patch tokens
-    rows: list[Row] = field(default_factory=list)
-
-    def report(self, rule: Rule, count: int) -> None:
-        """Add a line about ``count`` keys, if there are some."""
-        ours = f'= {rule.ours}' if isinstance(rule, Check) else rule.ours
-        if count:
-            self.rows.append(Row(rule.foreign, ours, count, rule.note))
+    checks: dict[str, tuple[str, Tensor]]
+    counts: dict[Rule, int]  # keys that each rule named
 
 
 @cache
@@ -95,13 +80,8 @@ def _match(template: str, key: str) -> dict[str, str] | None:
 
 
 def to_ours(state: dict[str, Tensor], rules: Sequence[Rule]) -> Translation:
-    """Translate another project's state dict, each key by the first rule that names it.
-
-    Raises:
-        ValueError: If no rule names a key, a tensor is missing beside others that it belongs to,
-            or two tensors of theirs are one of ours.
-    """
-    result, left = Translation(), dict(state)
+    """Translate another project's state dict, each key by the first rule that names it."""
+    result, left = Translation({}, {}, {}), dict(state)
     origins: dict[str, str] = {}
     for rule in rules:
         before = len(left)
@@ -115,14 +95,13 @@ def to_ours(state: dict[str, Tensor], rules: Sequence[Rule]) -> Translation:
                         'cannot be expressed here'
                     )
                 result.state[ours], origins[ours] = tensor, key
-            if rule.pooled is not None:
-                result.pooled = rule.pooled
-        result.report(rule, before - len(left))
+        if len(left) < before:
+            result.counts[rule] = before - len(left)
     if left:
         raise ValueError(f'no rule knows {name_some(list(left))}')
     for key in [key for key in result.state if '{i}' in key]:
         shared, depth = result.state.pop(key), count_blocks(result.state)
-        result.state |= {key.format(i=i): shared.clone() for i in range(depth)}
+        result.state.update({key.format(i=i): shared.clone() for i in range(depth)})
     return result
 
 
@@ -144,34 +123,42 @@ def _take(rule: Rule, left: dict[str, Tensor]) -> Iterator[tuple[str, str, Tenso
 
 def to_foreign(
     state: dict[str, Tensor], computed: dict[str, Tensor], rules: Sequence[Rule], pooled: bool
-) -> Translation:
-    """Translate our state dict back.
+) -> tuple[dict[str, Tensor], dict[Rule, int]]:
+    """Translate our state dict back, and count the keys that each rule made.
 
-    Args:
-        state: Ours.
-        computed: What others store beside it; written where a rule names it.
-        rules: The table of the other project.
-        pooled: Which of two names the final norm gets.
-
-    Raises:
-        ValueError: If no rule names a key.
+    What others store beside it, ``computed``, is written where a rule names it.
     """
-    result, unknown = Translation(), set(state)
+    weights: dict[str, Tensor] = {}
+    counts: dict[Rule, int] = {}
+    unknown = set(state)
     for rule in rules:
         shared = '{i}' in rule.ours and '{i}' not in rule.foreign
         if shared or rule.pooled not in (None, pooled):
             continue
-        written: dict[str, Tensor] = {}
+        before = len(weights)
         for key, tensor in (state | computed).items():
             if names := rule.foreign_keys(key):
                 unknown.discard(key)
                 parts = zip(names, tensor.chunk(len(names)), strict=True)
-                written |= {name: part.clone() for name, part in parts}
-        result.state |= written
-        result.report(rule, len(written))
+                weights |= {name: part.clone() for name, part in parts}
+        if len(weights) > before:
+            counts[rule] = len(weights) - before
     if unknown:
         raise ValueError(f'no rule knows {name_some(sorted(unknown))}')
-    return result
+    return weights, counts
+
+
+def print_counts(title: str, counts: dict[Rule, int], remarks: Sequence[str]) -> None:
+    """Print a table of what became of each key, and what was assumed."""
+    columns = (Column(name, overflow='fold') for name in ('theirs', 'ours', 'keys', 'note'))
+    table = Table(*columns, title=title)
+    for rule, count in counts.items():
+        ours = f'= {rule.ours}' if isinstance(rule, Check) else rule.ours
+        table.add_row(rule.foreign, ours, str(count), rule.note)
+    console = Console()
+    console.print(table)
+    for remark in remarks:
+        console.print(f'note: {remark}', style='yellow', highlight=False)
 
 
 def count_blocks(state: dict[str, Tensor], prefix: str = 'backbone.blocks.') -> int:

@@ -1,5 +1,6 @@
 """Tell sizes from weights under our names, and compute the tensors that others store."""
 
+import math
 from typing import Any
 
 import torch
@@ -13,13 +14,10 @@ from cae_mm.models.archs import ARCHS
 from cae_mm.models.positions import SinCosPositions, relative_position_index
 from cae_mm.patches import Grid, grid_of
 
-# Heads by width, where nothing in a file tells them. Ours and those of timm and the like have 64
-# values per head, the official models (and PASSL's, which follow them) 12 heads up to width 768.
-OUR_HEADS = {arch['embed_dims']: arch['num_heads'] for arch in ARCHS.values()}
-OFFICIAL_HEADS = OUR_HEADS | {192: 12, 384: 12}
-HEADS = {'official': OFFICIAL_HEADS, 'passl': OFFICIAL_HEADS}
-# official fine-tuning without relative position bias looks as timm's: assume what both agree on
-HEADS['timm'] = {D: n for D, n in OUR_HEADS.items() if OFFICIAL_HEADS[D] == n}
+# The official models have 12 heads up to width 768, and PASSL's follow them; ours and those of timm
+# and the like have 64 values per head. Official fine-tuning without relative position bias looks
+# as timm's, so that nothing can be assumed there.
+SMALL_HEADS = {'official': 12, 'passl': 12, 'timm': None}
 # the option for the decoder's heads never reaches the official model, which has 12 at any width
 DECODER_HEADS = {'official': 12, 'passl': 12}
 PRETRAIN_GRID = (14, 14)  # of all published weights: 224 px, patches of 16
@@ -31,76 +29,63 @@ def describe_weights(
     *,
     source: str,
     num_heads: int | None,
-    grids: tuple[Grid, Grid],
+    img_size: tuple[int, int] = (224, 224),
     pooled_norm: bool,
-    remarks: list[str],
-) -> EncoderDescription:
-    """Describe an encoder by its shapes and by what no shape tells.
+) -> tuple[EncoderDescription, list[str]]:
+    """Describe an encoder by its shapes and by what no shape tells, and say what was assumed.
 
-    Args:
-        state: Weights under our names.
-        source: The project that they come from, '' is this one.
-        num_heads: If it is known; else that of relative position tables or of published weights.
-        grids: Patches of the images, and those of pretraining.
-        pooled_norm: Whether the final norm is applied to the mean of the patch tokens.
-        remarks: What is assumed is added.
-
-    Raises:
-        ValueError: If there is no encoder, or its number of heads is unknown or contradictory.
+    Without ``num_heads`` it is that of relative position tables, or of what ``source`` published
+    ('' is this project).
     """
-    try:
-        width = state['backbone.cls_token'].shape[-1]
-        patch = state['backbone.patch_embed.proj.weight']
-        hidden = len(state['backbone.blocks.0.mlp.fc1.weight'])
-    except KeyError as error:
-        raise ValueError(f'it has no {error}') from error
+    width = _tensor(state, 'backbone.cls_token').shape[-1]
+    patch = _tensor(state, 'backbone.patch_embed.proj.weight')
     tables = [table for key, table in state.items() if key.endswith(TABLE)]
-    p = patch.shape[-1]
-    img_size, pretrain_img_size = ((rows * p, columns * p) for rows, columns in grids)
-    return EncoderDescription(
+    heads, remarks = num_heads, []
+    if tables:
+        heads = tables[0].shape[1]
+        if num_heads not in (None, heads):
+            raise ValueError(f'it has relative position tables of {heads} heads, not {num_heads}')
+    elif heads is None:
+        heads = _published_heads(width, source)
+        remarks.append(
+            f'{heads} heads assumed, as published for width {width}: the file does not tell, '
+            '--num-heads does'
+        )
+    description = EncoderDescription(
         embed_dims=width,
         depth=count_blocks(state),
-        num_heads=_resolve_heads(width, tables, num_heads, source, remarks),
-        mlp_ratio=hidden / width,
-        patch_size=p,
+        num_heads=heads,
+        mlp_ratio=len(_tensor(state, 'backbone.blocks.0.mlp.fc1.weight')) / width,
+        patch_size=patch.shape[-1],
         in_channels=patch.shape[1],
         img_size=img_size,
-        pretrain_img_size=pretrain_img_size,
+        pretrain_img_size=img_size,
         use_rel_pos_bias=bool(tables),
         final_norm='backbone.norm.weight' in state,
         pooled_norm=pooled_norm,
     )
+    return description, remarks
 
 
-def _resolve_heads(
-    width: int, tables: list[Tensor], given: int | None, source: str, remarks: list[str]
-) -> int:
-    if tables:
-        heads = tables[0].shape[1]
-        if given not in (None, heads):
-            raise ValueError(f'it has relative position tables of {heads} heads, not {given}')
-        return heads
-    if given is not None:
-        return given
-    published = HEADS.get(source, OUR_HEADS).get(width)
-    if published is None:
+def _tensor(state: dict[str, Tensor], key: str) -> Tensor:
+    if key not in state:
+        raise ValueError(f'it has no {key!r}')
+    return state[key]
+
+
+def _published_heads(width: int, source: str) -> int:
+    published = {arch['embed_dims']: arch['num_heads'] for arch in ARCHS.values()}.get(width)
+    heads = SMALL_HEADS.get(source, published) if width in (192, 384) else published
+    if heads is None:
         raise ValueError(
             f'it does not tell the number of heads, and width {width} is none that was published: '
             'give --num-heads'
         )
-    remarks.append(
-        f'{published} heads assumed, as published for width {width}: the file does not tell, '
-        '--num-heads does'
-    )
-    return published
+    return heads
 
 
-def find_grids(checks: dict[str, tuple[str, Tensor]]) -> tuple[Grid, Grid]:
-    """Find the grid whose sin-cos positions a file has, and that from which they are resized.
-
-    Raises:
-        ValueError: If there is none.
-    """
+def find_sizes(checks: dict[str, tuple[str, Tensor]], p: int) -> tuple[Grid, Grid]:
+    """Find the size of images, and that of pretraining, whose sin-cos positions a file has."""
     table = next((tensor for ours, tensor in checks.values() if ours == 'positions'), None)
     if table is None:
         raise ValueError(
@@ -108,17 +93,17 @@ def find_grids(checks: dict[str, tuple[str, Tensor]]) -> tuple[Grid, Grid]:
             'would change all features'
         )
     N, D = table.shape[-2] - 1, table.shape[-1]
-    errors: dict[float, tuple[Grid, Grid]] = {}
+    nearest = math.inf
     for base in (None, PRETRAIN_GRID):
-        for h in (h for h in range(1, N + 1) if N % h == 0):
-            grid = h, N // h
+        for grid in ((h, N // h) for h in range(1, N + 1) if N % h == 0):
             error = (fixed_positions(D, grid, base) - table.float()).abs().max().item()
-            errors.setdefault(error, (grid, base or grid))
             if error <= position_tolerance(table):
-                return errors[error]
+                rows, columns = base or grid
+                return (grid[0] * p, grid[1] * p), (rows * p, columns * p)
+            nearest = min(nearest, error)
     raise ValueError(
         'it has positions that are not the sin-cos table of CAE (the nearest is off by '
-        f'{min(errors):.2g}): they were learned or made otherwise, and a CAEViT has no learned ones'
+        f'{nearest:.2g}): they were learned or made otherwise, and a CAEViT has no learned ones'
     )
 
 
@@ -127,20 +112,15 @@ def fixed_positions(dim: int, grid: Grid, base: Grid | None = None) -> Tensor:
     return F.pad(SinCosPositions(dim, base_grid=base)(grid, CPU), (0, 0, 1, 0))[None]
 
 
-def fixed_tensors(d: EncoderDescription, neck_width: int | None = None) -> dict[str, Tensor]:
-    """Compute the tensors that others store and we do not, by their names in ``Check`` rules.
-
-    Returns:
-        'positions' with shape (1, 1 + N, D), 'neck_positions' likewise if there is a neck, and
-        for each block an index with shape (1 + N, 1 + N) if there are relative position tables.
-    """
+def fixed_tensors(d: EncoderDescription, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Compute the tensors that others store and we do not, by their names in ``Check`` rules."""
     grid, base = (grid_of(size, d.patch_size) for size in (d.img_size, d.pretrain_img_size))
     tensors = {'positions': fixed_positions(d.embed_dims, grid, base)}
     if d.use_rel_pos_bias:
         index = relative_position_index(grid, CPU)
         tensors |= {f'backbone.blocks.{i}.attn.{INDEX}': index for i in range(d.depth)}
-    if neck_width is not None:
-        tensors['neck_positions'] = fixed_positions(neck_width, grid)
+    if 'neck.mask_token' in state:
+        tensors['neck_positions'] = fixed_positions(state['neck.mask_token'].shape[-1], grid)
     return tensors
 
 
@@ -150,47 +130,20 @@ def position_tolerance(table: Tensor) -> float:
 
 
 def read_neck_sizes(
-    state: dict[str, Tensor],
-    encoder: EncoderDescription,
-    *,
-    source: str,
-    num_heads: int | None,
-    remarks: list[str],
+    state: dict[str, Tensor], in_dims: int, num_heads: int
 ) -> dict[str, Any] | None:
-    """Read the arguments of ``CAENeck`` from shapes, None if there is no neck.
-
-    Args:
-        state: Weights under our names.
-        encoder: The one that it belongs to.
-        source: See ``describe_weights``.
-        num_heads: Heads of regressor and decoder, if they are known.
-        remarks: What is assumed is added.
-
-    Raises:
-        ValueError: If the neck is incomplete, or the heads do not divide the width.
-    """
+    """Read the arguments of ``CAENeck`` from shapes, None if there is no neck."""
     if not any(key.startswith('neck.') for key in state):
         return None
-    try:
-        width = state['neck.mask_token'].shape[-1]
-        hidden = len(state['neck.regressor.0.mlp.fc1.weight'])
-        out_dims = len(state['neck.output.weight'])
-    except KeyError as error:
-        raise ValueError(f'it has no {error}') from error
-    if num_heads is None:
-        num_heads = DECODER_HEADS.get(source, encoder.num_heads)
-        remarks.append(
-            f'{num_heads} heads of regressor and decoder assumed: the file does not tell, '
-            '--decoder-heads does'
-        )
+    width = _tensor(state, 'neck.mask_token').shape[-1]
     if width % num_heads:
         raise ValueError(f'{num_heads} heads do not divide width {width}: --decoder-heads')
     return {
-        'in_dims': encoder.embed_dims,
+        'in_dims': in_dims,
         'embed_dims': width,
         'num_heads': num_heads,
         'regressor_depth': count_blocks(state, 'neck.regressor.'),
         'decoder_depth': count_blocks(state, 'neck.decoder.'),
-        'out_dims': out_dims,
-        'mlp_ratio': hidden / width,
+        'out_dims': len(_tensor(state, 'neck.output.weight')),
+        'mlp_ratio': len(_tensor(state, 'neck.regressor.0.mlp.fc1.weight')) / width,
     }

@@ -29,21 +29,14 @@ BLOCK = (
     'gamma_2',
 )
 ENCODER = ('cls_token', 'patch_embed.proj.{p}', *(f'blocks.{{i}}.{name}' for name in BLOCK))
+MMPRETRAIN_MLP = {'mlp.fc1.{p}': 'ffn.layers.0.0.{p}', 'mlp.fc2.{p}': 'ffn.layers.1.{p}'}
 # a self-attention block in mmpretrain
-MMPRETRAIN_BLOCK = {name: name for name in BLOCK} | {
-    'norm1.{p}': 'ln1.{p}',
-    'norm2.{p}': 'ln2.{p}',
-    'mlp.fc1.{p}': 'ffn.layers.0.0.{p}',
-    'mlp.fc2.{p}': 'ffn.layers.1.{p}',
-}
+MMPRETRAIN_BLOCK = {name: name for name in BLOCK} | MMPRETRAIN_MLP
+MMPRETRAIN_BLOCK |= {'norm1.{p}': 'ln1.{p}', 'norm2.{p}': 'ln2.{p}'}
 # a block of the regressor: ours -> in PASSL and mmpretrain; the official code differs in the norms
 REGRESSOR_BLOCK = {
-    'norm_q.{p}': 'norm1_q_cross.{p}',
-    'norm_k.{p}': 'norm1_k_cross.{p}',
-    'norm_v.{p}': 'norm1_v_cross.{p}',
-    'attn.q.weight': 'cross_attn.q.weight',
-    'attn.k.weight': 'cross_attn.k.weight',
-    'attn.v.weight': 'cross_attn.v.weight',
+    **{f'norm_{x}.{{p}}': f'norm1_{x}_cross.{{p}}' for x in 'qkv'},
+    **{f'attn.{x}.weight': f'cross_attn.{x}.weight' for x in 'qkv'},
     'attn.q.bias': 'cross_attn.q_bias',
     'attn.v.bias': 'cross_attn.v_bias',
     'attn.proj.{p}': 'cross_attn.proj.{p}',
@@ -54,10 +47,6 @@ REGRESSOR_BLOCK = {
     'gamma_2': 'gamma_2_cross',
 }
 OFFICIAL_REGRESSOR_BLOCK = REGRESSOR_BLOCK | {f'norm_{x}.{{p}}': f'norm1_{x}.{{p}}' for x in 'qkv'}
-MMPRETRAIN_REGRESSOR_BLOCK = REGRESSOR_BLOCK | {
-    'mlp.fc1.{p}': 'ffn.layers.0.0.{p}',
-    'mlp.fc2.{p}': 'ffn.layers.1.{p}',
-}
 
 
 def _moves(names: Mapping[str, str] | Iterable[str], foreign: str, ours: str) -> list[Rule]:
@@ -91,9 +80,12 @@ def _norms(token: str, pooled: str) -> list[Rule]:
     ]
 
 
-OFFICIAL: list[Rule] = [
+OFFICIAL_ENCODER: list[Rule] = [
     *_official_encoder('encoder.'),
     Move('encoder.norm.{p}', 'backbone.norm.{p}', pooled=False),
+]
+OFFICIAL: list[Rule] = [
+    *OFFICIAL_ENCODER,
     *(
         Check(f'alignment_encoder.{name}', f'backbone.{name}', 'shares the storage of the encoder')
         for name in (*ENCODER, f'blocks.{{i}}.attn.{TABLE}', 'norm.{p}')
@@ -127,8 +119,7 @@ OFFICIAL_DENSE: list[Rule] = [
     ),
 ]
 PASSL: list[Rule] = [
-    *_official_encoder('encoder.'),
-    Move('encoder.norm.{p}', 'backbone.norm.{p}', pooled=False),
+    *OFFICIAL_ENCODER,
     LeaveOut(
         'teacher_network.{rest}', note='moving average of the encoder, not part of the network'
     ),
@@ -150,7 +141,7 @@ MMPRETRAIN: list[Rule] = [
     *_norms('backbone.ln1.{p}', 'backbone.ln2.{p}'),
     Move('head.fc.{p}', 'head.fc.{p}'),
     Move('neck.mask_token', 'neck.mask_token'),
-    *_moves(MMPRETRAIN_REGRESSOR_BLOCK, 'neck.regressors.{i}.', 'neck.regressor.{i}.'),
+    *_moves(REGRESSOR_BLOCK | MMPRETRAIN_MLP, 'neck.regressors.{i}.', 'neck.regressor.{i}.'),
     Move('neck.norm_regressor.{p}', 'neck.regressor_norm.{p}'),
     *_moves(MMPRETRAIN_BLOCK, 'neck.decoders.{i}.', 'neck.decoder.{i}.'),
     Move('neck.norm_decoder.{p}', 'neck.decoder_norm.{p}'),
@@ -159,19 +150,16 @@ MMPRETRAIN: list[Rule] = [
     LeaveOut('target_generator.{rest}', note='the tokenizer: tools/convert_dalle.py converts it'),
     LeaveOut('data_preprocessor.{rest}', note='mean and standard deviation stand in configs'),
 ]
-TIMM = OFFICIAL_FINETUNED
 
 
 def _huggingface(prefix: str) -> list[Rule]:
     layer, block = f'{prefix}encoder.layer.{{i}}.', 'backbone.blocks.{i}.'
-    attention = f'{layer}attention.attention.'
+    attention, embeddings = f'{layer}attention.attention.', f'{prefix}embeddings.'
     return [
-        Move(f'{prefix}embeddings.cls_token', 'backbone.cls_token'),
-        Move(
-            f'{prefix}embeddings.patch_embeddings.projection.{{p}}', 'backbone.patch_embed.proj.{p}'
-        ),
-        Check(f'{prefix}embeddings.position_embeddings', 'positions'),
-        LeaveOut(f'{prefix}embeddings.mask_token', note="BEiT's; CAE masks in the regressor"),
+        Move(f'{embeddings}cls_token', 'backbone.cls_token'),
+        Move(f'{embeddings}patch_embeddings.projection.{{p}}', 'backbone.patch_embed.proj.{p}'),
+        Check(f'{embeddings}position_embeddings', 'positions'),
+        LeaveOut(f'{embeddings}mask_token', note="BEiT's; CAE masks in the regressor"),
         Move(
             ' + '.join(f'{attention}{name}.weight' for name in ('query', 'key', 'value')),
             f'{block}attn.qkv.weight',
@@ -224,7 +212,7 @@ TABLES: dict[str, dict[str, list[Rule]]] = {
         'backbone.pos_embed': OFFICIAL_DENSE,
         'cls_token': OFFICIAL_FINETUNED,
     },
-    'timm': {'cls_token': TIMM},
+    'timm': {'cls_token': OFFICIAL_FINETUNED},
 }
 SOURCES = tuple(TABLES)
 

@@ -1,4 +1,4 @@
-"""Networks of other projects that take our weights."""
+"""How other projects store our weights, and their networks, which are to compute the same."""
 
 import importlib
 from collections.abc import Callable
@@ -12,28 +12,37 @@ from torch import Tensor, nn
 
 from cae_mm.checkpoints import EncoderDescription
 from cae_mm.conversion.rules import Rule
-from cae_mm.conversion.sources import HUGGINGFACE, MMPRETRAIN, TIMM
+from cae_mm.conversion.sources import (
+    HUGGINGFACE,
+    MMPRETRAIN,
+    OFFICIAL,
+    OFFICIAL_ENCODER,
+    OFFICIAL_FINETUNED,
+)
+
+State = dict[str, Tensor]
 
 
 class Network(NamedTuple):
-    """Another project's network, which our features are compared with."""
+    """What takes our weights."""
 
-    module: nn.Module
-    features: Callable[[Tensor], Tensor]  # its tokens, or the normalised mean of the patch tokens
-    write: Callable[[Path], str]  # writes weights and network, and says how they are loaded
+    rules: list[Rule]
+    write: Callable[[Path, State], str]  # writes weights (and network), says how they are loaded
+    module: nn.Module | None = None  # None if there is none to compare our features with
+    # its tokens, or the normalised mean of the patch tokens
+    features: Callable[[Tensor], Tensor] = nn.Identity()
 
 
 class Target(NamedTuple):
-    """Another project that has a network of its own."""
+    """A project that weights can be carried to."""
 
-    rules: list[Rule]
-    build: Callable[[EncoderDescription, int], Network]  # with a classifier if there are classes
+    build: Callable[[EncoderDescription, State], Network]
     places: tuple[str, ...] = ('backbone', 'head')  # parts of our model that it takes
-    needs_norm: bool = True  # whether its network always has a final norm
+    needs_norm: bool = False  # whether its network always has a final norm
     suffix: str = ''  # of the file that is written; '' for a folder
 
 
-def _build_mmpretrain(d: EncoderDescription, classes: int) -> Network:
+def _build_mmpretrain(d: EncoderDescription, state: State) -> Network:
     """Make a ``BEiTViT``, alone or in a classifier."""
     importlib.import_module('mmpretrain.models')
     config = dict(
@@ -55,18 +64,19 @@ def _build_mmpretrain(d: EncoderDescription, classes: int) -> Network:
     )
     backbone = MODELS.build(config)
     model = nn.ModuleDict({'backbone': backbone})
-    if classes:
+    if 'head.fc.weight' in state:
+        classes = len(state['head.fc.weight'])
         model['head'] = nn.ModuleDict({'fc': nn.Linear(d.embed_dims, classes)})
 
-    def write(place: Path) -> str:
-        torch.save({'state_dict': model.state_dict(), 'meta': {}}, place)
+    def write(place: Path, weights: State) -> str:
+        torch.save({'state_dict': weights, 'meta': {}}, place)
         init_cfg = dict(type='Pretrained', checkpoint=str(place), prefix='backbone.')
         return f'backbone={config | dict(init_cfg=init_cfg)}'
 
-    return Network(model, lambda images: backbone(images)[0], write)
+    return Network(MMPRETRAIN, write, model, lambda images: backbone(images)[0])
 
 
-def _build_timm(d: EncoderDescription, classes: int) -> Network:
+def _build_timm(d: EncoderDescription, state: State) -> Network:
     """Make a ``Beit`` of any size."""
     timm = _require('timm')
     model = timm.create_model(
@@ -83,21 +93,21 @@ def _build_timm(d: EncoderDescription, classes: int) -> Network:
         use_abs_pos_emb=True,
         use_rel_pos_bias=d.use_rel_pos_bias,
         global_pool='avg' if d.pooled_norm else 'token',
-        num_classes=classes,
+        num_classes=len(state.get('head.fc.weight', ())),
     )
 
     def features(images: Tensor) -> Tensor:
         tokens = model.forward_features(images)
         return model.forward_head(tokens, pre_logits=True) if d.pooled_norm else tokens
 
-    def write(place: Path) -> str:
+    def write(place: Path, weights: State) -> str:
         timm.models.save_for_hf(model, place, safe_serialization=True)
         return f"timm.create_model('local-dir:{place}', pretrained=True)"
 
-    return Network(model, features, write)
+    return Network(OFFICIAL_FINETUNED, write, model, features)
 
 
-def _build_huggingface(d: EncoderDescription, classes: int) -> Network:
+def _build_huggingface(d: EncoderDescription, state: State) -> Network:
     """Make a ``BeitModel`` of square images, which has no classifier."""
     if d.img_size[0] != d.img_size[1]:
         raise ValueError("Hugging Face's BeitModel takes square images only")
@@ -122,17 +132,33 @@ def _build_huggingface(d: EncoderDescription, classes: int) -> Network:
         output = model(images)
         return output.pooler_output if d.pooled_norm else output.last_hidden_state
 
-    def write(place: Path) -> str:
+    def write(place: Path, weights: State) -> str:
         model.save_pretrained(place)
         return f"transformers.BeitModel.from_pretrained('{place}')"
 
-    return Network(model, features, write)
+    return Network(HUGGINGFACE, write, model, features)
+
+
+def _build_official(d: EncoderDescription, state: State) -> Network:
+    """Choose the names of pretraining or of fine-tuning; the official code is no package."""
+    if 'neck.mask_token' in state:
+        rules = OFFICIAL
+    else:
+        finetuned = 'head.fc.weight' in state or d.pooled_norm
+        rules = OFFICIAL_FINETUNED if finetuned else OFFICIAL_ENCODER
+
+    def write(place: Path, weights: State) -> str:
+        torch.save({'model': weights}, place)
+        return f'--finetune {place}, --model_key model (official run_class_finetuning.py)'
+
+    return Network(rules, write)
 
 
 TARGETS = {
-    'mmpretrain': Target(MMPRETRAIN, _build_mmpretrain, needs_norm=False, suffix='.pth'),
-    'timm': Target(TIMM, _build_timm),
-    'huggingface': Target(HUGGINGFACE, _build_huggingface, places=('backbone',)),
+    'mmpretrain': Target(_build_mmpretrain, suffix='.pth'),
+    'timm': Target(_build_timm, needs_norm=True),
+    'huggingface': Target(_build_huggingface, places=('backbone',), needs_norm=True),
+    'official': Target(_build_official, places=('backbone', 'neck', 'head'), suffix='.pth'),
 }
 
 

@@ -107,7 +107,7 @@ def test_official_dense_network_computes_the_same(tmp_path):
     assert sizes.img_size == (32, 32) and sizes.pretrain_img_size == (28, 28)
     assert not sizes.final_norm
     assert result.path.name == 'out_encoder.safetensors'
-    left = {row.foreign: row.note for row in result.rows if row.ours == '(left out)'}
+    left = {rule.foreign: rule.note for rule in result.counts if rule.ours == '(left out)'}
     assert set(left) == {'backbone.fpn{rest}', 'decode_head.{rest}'} and all(left.values())
     encoder, images = load(result), torch.randn(1, 3, 32, 32).double()
     state = double(state)
@@ -173,7 +173,7 @@ def test_mmpretrains_cae(tmp_path):
         ('decoder.0.mlp.fc1.weight', 'decoders.0.ffn.layers.0.0.weight'),
     ):
         assert torch.equal(state[f'neck.{ours}'], neck[theirs])
-    notes = {row.foreign: row.note for row in result.rows if row.ours == '(left out)'}
+    notes = {rule.foreign: rule.note for rule in result.counts if rule.ours == '(left out)'}
     assert 'convert_dalle' in notes['target_generator.{rest}'] and 'teacher.{rest}' in notes
 
 
@@ -441,9 +441,9 @@ def test_sizes_and_part_are_written_beside_the_weights(tmp_path):
     expected = CAEViT(arch=arch, img_size=12, patch_size=4).describe()
     assert file.description == result.description == expected
     assert all(key.startswith('backbone.') for key in file.state)
-    left = {row.foreign for row in result.rows if row.note == 'part=encoder'}
+    left = {rule.foreign for rule in result.counts if rule.note == 'part=encoder'}
     assert {'mask_token', 'decoder.head.{p}', 'encoder_to_regresser.{p}'} <= left
-    counted = sum(row.count for row in result.rows)
+    counted = sum(result.counts.values())
     assert counted == len(official.pretraining_state(24, 12))  # each key is in the report
 
 

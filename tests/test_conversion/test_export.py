@@ -143,7 +143,7 @@ def test_a_classifier_goes_with_its_head(tmp_path, target):
         assert torch.equal(read_checkpoint(result.path).state['head.fc.bias'], head['head.fc.bias'])
     alone = export_checkpoint(path, tmp_path / 'out', target, part='encoder', **OPTIONS)
     assert alone.path.name.startswith('out_encoder')
-    assert [(row.ours, row.count) for row in alone.rows if row.foreign == '(left out)'] == [
+    assert [(rule.ours, n) for rule, n in alone.counts.items() if rule.foreign == '(left out)'] == [
         ('head.{rest}', 2)
     ]
 
@@ -152,7 +152,8 @@ def test_hugging_face_gets_no_head_and_says_so(tmp_path):
     pytest.importorskip('transformers')
     path = save(build(pooled=True), tmp_path / 'own.pth', **{'head.fc.bias': torch.ones(5)})
     result = export_checkpoint(path, tmp_path / 'out', 'huggingface', **OPTIONS)
-    assert result.rows[-1].ours == 'head.{rest}' and result.rows[-1].note == 'not exported'
+    *_, last = result.counts
+    assert last.ours == 'head.{rest}' and last.note == 'not exported'
     config = json.loads((result.path / 'config.json').read_text())
     assert config['layer_norm_eps'] == 1e-6 and config['use_mean_pooling']
 
@@ -198,7 +199,7 @@ def test_other_features_are_found_and_nothing_is_written(tmp_path, monkeypatch):
 def test_a_changed_way_back_is_found(tmp_path, monkeypatch):
     def translate(state, *args, **kwargs):
         changed = {key: value + 1 for key, value in state.items()}
-        return Conversion(changed, 'official', None, None, [], [])
+        return Conversion(changed, 'official', None, None, {}, [])
 
     monkeypatch.setattr(export_module, 'translate', translate)
     path = save(build(), tmp_path / 'own.pth')
