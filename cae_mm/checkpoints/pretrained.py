@@ -5,7 +5,7 @@ the pickle; a ``PretrainedModule`` loads through this file instead.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,16 @@ from torch import Tensor, nn
 from cae_mm.checkpoints.files import Checkpoint, read_checkpoint
 
 MAX_KEYS_SHOWN = 5
-# A key of each project whose weights can be converted; the first that fits is taken.
+# Keys by which the weights of other projects are known; the first that is there counts.
 HALLMARKS = {
-    'huggingface': ('embeddings.cls_token', 'beit.embeddings.cls_token'),
-    'mmpretrain': ('backbone.patch_embed.projection.weight',),
-    'passl': ('regressor_and_decoder.norm.weight',),
-    'official': (
-        'encoder.cls_token',
-        'backbone.pos_embed',
-        'blocks.0.attn.relative_position_index',
-    ),
-    'timm': ('pos_embed',),
+    'embeddings.cls_token': 'huggingface',
+    'beit.embeddings.cls_token': 'huggingface',
+    'backbone.patch_embed.projection.weight': 'mmpretrain',
+    'regressor_and_decoder.norm.weight': 'passl',
+    'encoder.cls_token': 'official',
+    'backbone.pos_embed': 'official',
+    'blocks.0.attn.relative_position_index': 'official',
+    'pos_embed': 'timm',
 }
 
 
@@ -96,12 +95,7 @@ def load_pretrained(
 
 
 def find_file(checkpoint: str | Path, name: str, advice: str = '') -> Path:
-    """Return the path of an existing file, with ``~`` replaced.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is a URL.
-    """
+    """Return the path of an existing file, with ``~`` replaced; ``name`` is what wants it."""
     if '://' in str(checkpoint):
         raise ValueError(f'{name} loads files only: download {checkpoint} first')
     path = Path(checkpoint).expanduser().absolute()
@@ -156,16 +150,8 @@ def match_weights(
 ) -> KeyMatch:
     """Match the keys of a file that start with ``prefix`` with those of ``module``.
 
-    The positions of a ``CAEViT`` (the module, or its backbone) follow the file's description.
-
-    Args:
-        module: Where the weights are to be loaded.
-        file: Where they come from.
-        prefix: See ``load_pretrained``.
-        adapt: Whether ``CAEViT.adapt_state_dict`` works on the encoder's part first.
-
-    Raises:
-        ValueError: If the file was made for another number of heads.
+    The positions of a ``CAEViT`` (the module, or its backbone) follow the file's description; with
+    ``adapt`` its ``adapt_state_dict`` works on the encoder's part first.
     """
     state, remarks = strip_prefix(file.state, prefix), []
     places: dict[str, Any] = {'': module, 'backbone.': getattr(module, 'backbone', None)}
@@ -206,12 +192,7 @@ def _follow_description(encoder: Any, file: Checkpoint) -> list[str]:
 
 
 def check_share(module: nn.Module, match: KeyMatch, min_matched: float, path: Path) -> None:
-    """Check that enough of the backbone (of the module, if it has none) is loaded.
-
-    Raises:
-        ValueError: If less than ``min_matched`` of its tensors or elements match; the message
-            names the likely cause.
-    """
+    """Raise if less than ``min_matched`` of the backbone (or module) matches, and say why."""
     target = module.state_dict()
     part = {k: v for k, v in target.items() if k.startswith('backbone.')} or target
     loaded = part.keys() & match.matched.keys()
@@ -268,11 +249,10 @@ def _guess_cause(target: dict[str, Tensor], source: dict[str, Tensor], prefix: s
     return ''
 
 
-def guess_source(keys: Iterable[str]) -> str | None:
+def guess_source(keys: Collection[str]) -> str | None:
     """Name the project that names its weights so, None if none of them does (ours, for example).
 
     A fine-tuned encoder without relative position bias has the same keys in the official code and
     in timm, and means the same: it is called timm's.
     """
-    keys = set(keys)
-    return next((source for source, some in HALLMARKS.items() if not keys.isdisjoint(some)), None)
+    return next((source for key, source in HALLMARKS.items() if key in keys), None)

@@ -70,12 +70,7 @@ class ExportedEncoder(nn.Module):
 
 
 def export_encoder(model: ExportedEncoder, size: tuple[int, int], path: Path) -> float:
-    """Write a file for any batch of images of one size, and check it.
-
-    Args:
-        model: What goes into it.
-        size: Height and width in pixels.
-        path: Where to; ``.onnx`` or ``.pt2``.
+    """Write a file for any batch of images of ``size``, height and width, and check it.
 
     Returns:
         The largest difference from the model, relative to the largest value.

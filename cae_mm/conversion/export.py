@@ -33,8 +33,7 @@ class Export:
     path: Path  # the file or folder written
     counts: dict[Rule, int]  # keys that each rule made or left out
     remarks: list[str]  # what was assumed
-    # largest difference of features over the largest feature, by precision; empty where the check
-    # is the way back instead
+    # largest difference of features over the largest, by precision; none if checked by way back
     errors: dict[torch.dtype, float]
     usage: str  # how the other project loads it
 

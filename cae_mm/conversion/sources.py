@@ -9,7 +9,7 @@ References:
     Hugging Face: https://github.com/huggingface/transformers/tree/main/src/transformers/models/beit
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from cae_mm.checkpoints.pretrained import guess_source
 from cae_mm.conversion.rules import Check, LeaveOut, Move, Rule
@@ -217,15 +217,10 @@ TABLES: dict[str, dict[str, list[Rule]]] = {
 SOURCES = tuple(TABLES)
 
 
-def table_for(source: str, keys: Iterable[str]) -> list[Rule]:
-    """Return the rules for these keys of this source.
-
-    Raises:
-        ValueError: If the source is unknown or has no such keys.
-    """
+def table_for(source: str, keys: Collection[str]) -> list[Rule]:
+    """Return the rules for these keys of this source."""
     if source not in SOURCES:
         raise ValueError(f"Unknown source '{source}': choose one of {SOURCES}")
-    keys = set(keys)
     for hallmark, rules in TABLES[source].items():
         if hallmark in keys:
             return rules
