@@ -10,13 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from cae_mm.dependencies import check_dependencies
-from cae_mm.doctor.installation import (
-    check_devices,
-    check_operators,
-    check_packages,
-    check_registries,
-    check_weights,
-)
+from cae_mm.doctor import installation
 
 
 def check_config(args: argparse.Namespace) -> int:
@@ -50,14 +44,17 @@ def main(argv: list[str] | None = None) -> int:
     if args.config:
         return check_config(args)
 
-    sections = [check_packages()]
-    if not any(problem.essential for problem in sections[0].problems):
-        sections.append(check_registries())
-    sections += [check_operators(), check_devices(), check_weights(args.ckpt_dir)]
-    print(*sections, sep='\n\n')
-
-    problems = [problem for section in sections for problem in section.problems]
-    print('\nWhat is wrong' if problems else '\nNothing is wrong.')
+    rows, problems = installation.check_packages()
+    installation.print_rows('Packages', rows)
+    if not any(problem.essential for problem in problems):
+        rows, broken = installation.check_registries()
+        installation.print_rows('Registry scope cae_mm', rows)
+        problems += broken
+    installation.print_rows('mmcv with compiled operators', installation.check_operators())
+    installation.print_rows('Devices', installation.check_devices())
+    title = f'Tokenizer weights in {args.ckpt_dir}'
+    installation.print_rows(title, installation.check_weights(args.ckpt_dir))
+    print('What is wrong' if problems else 'Nothing is wrong.')
     for problem in problems:
         kind = '' if problem.essential else ' (optional)'
         print(f'  {problem.text}{kind}\n    {problem.command}')

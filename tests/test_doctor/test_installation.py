@@ -52,8 +52,8 @@ def test_missing_package(capsys, without):
 
 def test_optional_problem_is_listed_but_no_failure(capsys, monkeypatch):
     problem = dependencies.Problem('too old', 'mim is too old', 'pip install mim', essential=False)
-    section = installation.Section('Packages', [('mim', 'too old')], [problem])
-    monkeypatch.setattr(doctor, 'check_packages', lambda: section)
+    packages = [('mim', 'too old')], [problem]
+    monkeypatch.setattr(installation, 'check_packages', lambda: packages)
     assert doctor.main([]) == 0
     assert 'mim is too old (optional)\n    pip install mim' in capsys.readouterr().out
 
@@ -63,7 +63,7 @@ def test_broken_module_of_ours(monkeypatch):
         raise SyntaxError('invalid syntax')
 
     monkeypatch.setattr(installation, 'import_module', import_module)
-    [problem] = installation.check_registries().problems
+    _, [problem] = installation.check_registries()
     assert problem.text == 'the scope cae_mm is not registered: invalid syntax'
     assert problem.essential
 
@@ -84,19 +84,19 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(cuda, 'get_device_capability', lambda: current[-1][1])
     properties = [SimpleNamespace(total_memory=memory * 2**30) for *_, memory in gpus]
     monkeypatch.setattr(cuda, 'get_device_properties', properties.__getitem__)
-    cpu, h100, v100 = installation.check_devices().rows
+    cpu, h100, v100 = installation.check_devices()
     assert cpu == ('CPU', f'{os.cpu_count()} cores', str(choose_precision('cpu')))
     assert h100[:2] == ('GPU 0', '80 GiB') and h100[2].startswith('bfloat16: H100')
     assert v100[:2] == ('GPU 1', '16 GiB') and v100[2].startswith('float16: V100')
     gpus.clear()
-    assert installation.check_devices().rows == [cpu]
+    assert installation.check_devices() == [cpu]
 
 
 def test_weights(tmp_path):
-    assert installation.check_weights(tmp_path / 'absent').rows == [('none',)]
+    assert installation.check_weights(tmp_path / 'absent') == [('none',)]
     (tmp_path / 'README.md').write_text('what belongs here')
     (tmp_path / 'dalle_encoder.pth').write_bytes(bytes(3 * 2**19))
-    assert installation.check_weights(tmp_path).rows == [('dalle_encoder.pth', '1.5 MiB')]
+    assert installation.check_weights(tmp_path) == [('dalle_encoder.pth', '1.5 MiB')]
 
 
 def test_config_is_checked(capsys):
