@@ -9,7 +9,6 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from inspect import signature
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,15 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, TRANSFORMS, DefaultScope, Registry
-from mmengine.runner import Runner
 
 from cae_mm.doctor.finding import Finding
-from cae_mm.engine.cli import load_config
+from cae_mm.engine.cli import RUNNER_KEYS, load_config
 from cae_mm.engine.runner import fit_batch
 from cae_mm.engine.settings import LOADERS
 from cae_mm.models import CAE, CAEDataPreprocessor, CAEViT
 
+COMMAND_LINE = 'CHECKPOINT'
 OPTIONAL_SCOPES = ('mmseg', 'mmdet')
-RUNNER_KEYS = (*signature(Runner.__init__).parameters, 'auto_scale_lr')
 
 
 @dataclass(frozen=True)
@@ -55,16 +53,15 @@ class Case:
     """A config with what the checks need to know of it.
 
     Attributes:
-        cfg: The config with the options of the command line, fitted to the machine.
+        cfg: The config with the options of the command line, fitted to the machine; the command
+            line's checkpoint is at COMMAND_LINE.
         recipe: The config as it is written.
         machine: What it is going to run on.
-        checkpoint: The checkpoint of the command line, if any.
     """
 
     cfg: ConfigDict
     recipe: ConfigDict
     machine: Machine
-    checkpoint: Path | None = None
 
     @classmethod
     def read(
@@ -75,7 +72,9 @@ class Case:
         if cfg.get('runner_type') == 'cae_mm.CAERunner':
             limit = get(cfg.get('settings'), 'cpu_batch_size')
             fit_batch(cfg, machine.processes, limit if machine.device == 'cpu' else None)
-        return cls(cfg._cfg_dict, load_config(path)._cfg_dict, machine, checkpoint)
+        if checkpoint is not None:
+            cfg[COMMAND_LINE] = str(checkpoint)
+        return cls(cfg._cfg_dict, load_config(path)._cfg_dict, machine)
 
     def get(self, key: str, default: Any = None) -> Any:
         """Value at a key with dots."""

@@ -29,17 +29,14 @@ def check_data(case: Case) -> Iterator[Finding]:
             yield case.finding(level, f'{key}.{name}', text, remedy)
 
 
-def open_training_data(case: Case) -> Any:
-    """The first training dataset with its list read, or the exception.
-
-    None if it is not here, or so large that reading its list takes long.
-    """
-    for key, dataset in _build_datasets(case):
-        if key.startswith('train_dataloader') and not isinstance(dataset, Exception):
-            if _find_missing(dataset) or not _is_small(dataset):
-                return None
-            return case.attempt(dataset.full_init) or dataset  # nothing, or what it raised
-    return None
+def open_training_data(case: Case, key: str) -> Any:
+    """The dataset at ``key`` with its list read, or the exception; None if absent or large."""
+    dataset = dict(_build_datasets(case)).get(key)
+    if dataset is None or isinstance(dataset, Exception):
+        return None  # not on this machine, or `check_data` tells
+    if _find_missing(dataset) or not _is_small(dataset):
+        return None
+    return case.attempt(dataset.full_init) or dataset  # nothing, or what it raised
 
 
 def check_count(case: Case, key: str, dataset: Any) -> Iterator[Finding]:

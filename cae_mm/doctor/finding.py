@@ -52,11 +52,7 @@ def failure(case: 'Case', top: str, error: Exception) -> Finding:
 
 
 def _places(case: 'Case', top: str, error: Exception) -> list[str]:
-    """Keys of what was being built or run when an exception was raised, innermost first.
-
-    The configs stand in the frames of mmengine's ``build_from_cfg``, modules and transforms in
-    those of their methods.
-    """
+    """Keys of what was being built or run, as the frames of an exception tell, innermost first."""
     modules = dict(case.model.named_modules(prefix='model')) if case.model is not None else {}
     keys = {id(part): key for key, part in (case.transforms | modules).items()}
     places: list[str] = []

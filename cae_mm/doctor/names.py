@@ -17,7 +17,11 @@ MMENGINE_KEYS = {'type', 'constructor', 'paramwise_cfg', 'priority', '_scope_', 
 
 def check_names(case: Case) -> Iterator[Finding]:
     """Look at each dict with a type; other packages' arguments are seen when it is built."""
-    own = _own_classes()
+    own: dict[str, tuple[Registry, Any]] = {}  # all that is registered in our scope
+    for registry in map(vars(own_registries).get, own_registries.__all__):
+        assert isinstance(registry, Registry)
+        registry.import_from_location()
+        own |= {name: (registry, value) for name, value in registry.module_dict.items()}
     for key, node in case.typed:
         if not isinstance(node['type'], str):
             continue
@@ -26,37 +30,23 @@ def check_names(case: Case) -> Iterator[Finding]:
             text = f'cae_mm has no {name}{suggest(name, own)}'
             yield case.finding('error', f'{key}.type', text)
         elif scope == 'cae_mm':
-            yield from _check_arguments(case, key, node, own[name][1])
+            parameters = signature(own[name][1]).parameters
+            if any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values()):
+                continue  # building it tells
+            for argument in node.keys() - parameters.keys() - MMENGINE_KEYS:
+                text = f'{name} has no argument {argument}{suggest(argument, parameters)}'
+                yield case.finding('error', f'{key}.{argument}', text)
         elif not scope and name in own and case.scope != 'cae_mm':
             yield _check_scope(case, key, name, own[name][0])
-
-
-def _own_classes() -> dict[str, tuple[Registry, Any]]:
-    """Everything that is registered in our scope, with its registry."""
-    classes: dict[str, tuple[Registry, Any]] = {}
-    for name in own_registries.__all__:
-        registry: Registry = getattr(own_registries, name)
-        registry.import_from_location()
-        classes |= {key: (registry, value) for key, value in registry.module_dict.items()}
-    return classes
-
-
-def _check_arguments(case: Case, key: str, node: dict[str, Any], cls: Any) -> Iterator[Finding]:
-    parameters = signature(cls).parameters
-    if any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values()):
-        return  # building it tells
-    for name in node.keys() - parameters.keys() - MMENGINE_KEYS:
-        text = f'{cls.__name__} has no argument {name}{suggest(name, parameters)}'
-        yield case.finding('error', f'{key}.{name}', text)
 
 
 def _check_scope(case: Case, key: str, name: str, registry: Registry) -> Finding:
     assert registry.parent is not None
     with quiet(), registry.parent.switch_scope_and_registry(case.scope) as scoped:
         other = scoped.get(name)
+    level, text = 'error', f'the scope {case.scope} has no {name}, cae_mm has'
+    if other is not None:
+        level = 'warning'
+        text = f'without a scope this is {other.__module__}.{name}, not that of cae_mm'
     remedy = f"write type='cae_mm.{name}', or '{case.scope}.{name}' if that is meant"
-    if other is None:
-        text = f'the scope {case.scope} has no {name}, cae_mm has'
-        return case.finding('error', f'{key}.type', text, remedy)
-    text = f'without a scope this is {other.__module__}.{name}, not that of cae_mm'
-    return case.finding('warning', f'{key}.type', text, remedy)
+    return case.finding(level, f'{key}.type', text, remedy)

@@ -9,7 +9,7 @@ from cae_mm.checkpoints import EncoderDescription
 from cae_mm.datasets import CAEMaskGenerator, TwoViewResizedCrop
 from cae_mm.doctor.case import Case
 from cae_mm.doctor.finding import Finding, type_name
-from cae_mm.doctor.weights import Load, find_loads, read_file
+from cae_mm.doctor.weights import find_loads, read_file
 from cae_mm.models import CAEDataPreprocessor, DALLEEncoder, DiscreteVAE, describe_model
 from cae_mm.models.archs import ARCHS
 
@@ -24,56 +24,52 @@ RANGES = {
 def check_pretrained(case: Case) -> Iterator[Finding]:
     """Compare the encoder and its images with what the file says that it starts from."""
     loads = [load for load in find_loads(case) if load.module in ('', 'backbone')]
-    checkpoint = read_file(loads[-1].path) if case.encoder is not None and loads else None
-    prefix = loads[-1].prefix if loads and loads[-1].module else 'backbone.'
+    if case.encoder is None or not loads:
+        return
+    load = loads[-1]
+    checkpoint = read_file(case, load.path)
+    prefix = load.prefix if load.module else 'backbone.'
     if checkpoint is None or f'{prefix}cls_token' not in checkpoint.state:
         return  # `check_weights` says what is wrong
     description = case.attempt(getattr, checkpoint, 'description')
     if isinstance(description, Exception):
         return  # likewise
-    yield from _check_normalization(case, loads[-1], description)
+    yield from _check_normalization(case, load.path, description)
     gamma = checkpoint.state.get(f'{prefix}blocks.0.gamma_1')
-    if description is None and not case.pretrains:
-        yield from _check_positions(case, loads[-1])
-    if gamma is not None and case.pretrains:
-        yield from _check_layer_scale(case, loads[-1], gamma.float().abs().mean().item())
-
-
-def _check_positions(case: Case, load: Load) -> Iterator[Finding]:
-    """Positions are resized from the size of pretraining: the file's, else the config's."""
-    assert case.encoder is not None
-    key = 'model.backbone.img_size'
-    size = case.encoder.describe().pretrain_img_size
-    if not case.get('model.backbone.pretrain_img_size') and size != (224, 224):
-        text = f'{load.path} does not say its size of pretraining: this is taken for it'
-        yield case.finding('note', key, text, 'else set model.backbone.pretrain_img_size')
+    if case.pretrains and gamma is not None:
+        yield from _check_layer_scale(case, load.key, gamma.float().abs().mean().item())
+    elif not case.pretrains and description is None:
+        key = 'model.backbone.img_size'
+        size = case.encoder.describe().pretrain_img_size
+        if not case.get('model.backbone.pretrain_img_size') and size != (224, 224):
+            text = f'{load.path} does not say its size of pretraining: this is taken for it'
+            yield case.finding('note', key, text, 'else set model.backbone.pretrain_img_size')
 
 
 def _check_normalization(
-    case: Case, load: Load, of_file: EncoderDescription | None
+    case: Case, path: str, of_file: EncoderDescription | None
 ) -> Iterator[Finding]:
     """Images are to be normalised as they were in pretraining, by default as ImageNet's."""
     known = of_file if of_file is not None and of_file.mean is not None else None
     in_pipeline = any(type_name(node).endswith('Normalize') for _, node in case.typed)
     if in_pipeline or (case.pretrains and not known):
         return
-    actual = _describe(case, case.preprocessor)
-    expected = known or _describe(case, CAEDataPreprocessor())
+    # our own preprocessor in the model has no values on the meta device
+    models: list[Any] = [
+        SimpleNamespace(backbone=case.encoder, data_preprocessor=preprocessor)
+        for preprocessor in (case.preprocessor, CAEDataPreprocessor())
+    ]
+    actual, default = (describe_model(model) for model in models)
+    expected = known or default
     if _images(actual, digits=3) != _images(expected, digits=3):  # but for rounding
         top = case.get('data_preprocessor') and not case.get('model.data_preprocessor')
         key = 'data_preprocessor' if top else 'model.data_preprocessor'
-        source = f'{load.path} was made with' if known else 'pretraining has by default (ImageNet)'
+        source = f'{path} was made with' if known else 'pretraining has by default (ImageNet)'
         text = f'images are normalised by {_images(actual)}; {source} {_images(expected)}'
         yield case.finding('warning', key, text, f'set {key} as in pretraining')
 
 
-def _describe(case: Case, preprocessor: Any) -> Any:
-    """Describe the encoder, whose own preprocessor has no values on the meta device."""
-    model: Any = SimpleNamespace(backbone=case.encoder, data_preprocessor=preprocessor)
-    return describe_model(model)
-
-
-def _images(description: EncoderDescription, digits: int = 6) -> str:
+def _images(description: Any, digits: int = 6) -> str:
     order = 'RGB' if description.to_rgb else 'BGR'
     if description.mean is None or description.std is None:
         return f'nothing, {order}'
@@ -85,7 +81,7 @@ def _numbers(values: Any, digits: int) -> str:
     return f'({", ".join(f"{value:.{digits}g}" for value in values)})'
 
 
-def _check_layer_scale(case: Case, load: Load, mean: float) -> Iterator[Finding]:
+def _check_layer_scale(case: Case, key: str, mean: float) -> Iterator[Finding]:
     """Layer scales grow in training, CAE-L's from 1e-5, but nothing makes them shrink."""
     arch = case.get('model.backbone.arch', 'base')
     initial = (ARCHS[arch] if isinstance(arch, str) else arch)['layer_scale']
@@ -95,7 +91,7 @@ def _check_layer_scale(case: Case, load: Load, mean: float) -> Iterator[Finding]
     cause = 'it was initialised otherwise' if mean < initial else 'it grew, or began otherwise'
     text = f'layer scale is {mean:.2g} on average in its first block, {initial:g} in the arch: '
     remedy = 'check layer_scale of model.backbone.arch; the weights of the file are what counts'
-    yield load.finding(case, level, f'{text}{cause}', remedy)
+    yield case.finding(level, key, f'{text}{cause}', remedy)
 
 
 def check_views(case: Case) -> Iterator[Finding]:

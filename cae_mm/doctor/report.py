@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import DictAction
-
 from cae_mm.doctor import data, names, pretraining, training, trial, weights
 from cae_mm.doctor.case import Case, Machine
 from cae_mm.doctor.finding import LEVELS, Finding, explain
+from cae_mm.engine.cli import add_config_arguments
 
 CHECKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
     names.check_names,
@@ -44,33 +43,28 @@ def diagnose(
     try:
         case = Case.read(config, machine, options or {}, checkpoint)
     except Exception as error:  # a config is a program
-        return [
-            Finding(
-                'error', 'CONFIG', f'it cannot be read: {type(error).__name__}: {explain(error)}'
-            )
-        ]
+        text = f'it cannot be read: {type(error).__name__}: {explain(error)}'
+        return [Finding('error', 'CONFIG', text)]
     findings: list[Finding] = []
     for check in CHECKS:
-        new = list(check(case))
-        findings += [one for one in new if not any(_is_cause(known, one) for known in findings)]
+        causes = [f'{known.key}.' for known in findings if known.level == 'error']
+        findings += [  # but for errors that an earlier check told, and more precisely
+            new
+            for new in check(case)
+            if new.level != 'error' or not any(key.startswith(f'{new.key}.') for key in causes)
+        ]
     return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
-
-
-def _is_cause(known: Finding, finding: Finding) -> bool:
-    """Whether an error was said already, and more precisely, by an earlier check."""
-    are_errors = known.level == finding.level == 'error'
-    return are_errors and f'{known.key}.'.startswith(f'{finding.key}.')
 
 
 def main(config: Path, checkpoint: Path | None, gpus: int | None, options: Sequence[str]) -> int:
     """Print what is found; return 1 if there is an error, else 0."""
     parser = argparse.ArgumentParser()
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
-    overrides = parser.parse_args(['--cfg-options', *options] if options else []).cfg_options
+    add_config_arguments(parser)
+    arguments = [str(config), *(['--cfg-options', *options] if options else [])]
     machine = Machine.detect(gpus)
-    findings = diagnose(config, machine, overrides, checkpoint)
+    findings = diagnose(config, machine, parser.parse_args(arguments).cfg_options, checkpoint)
     print(f'{config} on {machine}', *findings, sep='\n')
     counts = [sum(finding.level == level for finding in findings) for level in LEVELS]
-    words = [level if n == 1 else f'{level}s' for n, level in zip(counts, LEVELS, strict=True)]
-    print(', '.join(f'{n} {word}' for n, word in zip(counts, words, strict=True)))
+    pairs = zip(counts, LEVELS, strict=True)
+    print(', '.join(f'{n} {level}' if n == 1 else f'{n} {level}s' for n, level in pairs))
     return int(counts[0] > 0)

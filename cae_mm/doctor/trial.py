@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from mmengine.dataset import BaseDataset
+from mmengine.dataset import BaseDataset, Compose
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import FUNCTIONS
 
@@ -19,7 +19,6 @@ from cae_mm.doctor.case import Case, get
 from cae_mm.doctor.data import check_count, make_sample, open_training_data
 from cae_mm.doctor.finding import Finding, explain, failure, type_name
 
-BATCH_SIZE = 'train_dataloader.batch_size'
 MAX_TRIED = 8  # images of which a batch is made, some may be skipped
 
 
@@ -51,7 +50,7 @@ def check_batch(case: Case) -> Iterator[Finding]:
     steps = [step for k, step in case.transforms.items() if k.startswith(f'{key}.pipeline.')]
     if key is None or any(isinstance(step, Exception) for step in steps):
         return
-    dataset = open_training_data(case)
+    dataset = open_training_data(case, key)
     if dataset is not None:
         yield from check_count(case, key, dataset)
     error = case.attempt(_run, case, key, steps, dataset)
@@ -67,20 +66,12 @@ def _run(case: Case, key: str, steps: list[Any], dataset: Any) -> None:
         samples = [make_sample(Path(folder))] * MAX_TRIED
         if isinstance(dataset, BaseDataset) and len(dataset):
             samples = [dataset.get_data_info(i % len(dataset)) for i in range(MAX_TRIED)]
-        batch = list(islice(_transform(samples, steps), min(case.get(BATCH_SIZE, 2), 2)))
+        results = (Compose(steps)(deepcopy(sample)) for sample in samples)
+        usable = (result for result in results if result is not None)  # or the Runner draws others
+        batch = list(islice(usable, min(case.get('train_dataloader.batch_size', 2), 2)))
     if not batch:
         raise ValueError(f'{key}.pipeline can use none of the first {MAX_TRIED} images')
     if case.model is not None:
         collate: Any = FUNCTIONS.get(case.get('train_dataloader.collate_fn.type', 'pseudo_collate'))
         data = case.model.data_preprocessor(collate(batch), True)
         case.model._run_forward(data, mode='loss')
-
-
-def _transform(samples: list[Any], steps: list[Any]) -> Iterator[Any]:
-    """Send samples through a pipeline; of some it makes nothing, the Runner then draws others."""
-    for sample in samples:
-        result = deepcopy(sample)
-        for step in steps:
-            result = None if result is None else step(result)
-        if result is not None:
-            yield result

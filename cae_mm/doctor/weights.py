@@ -1,18 +1,16 @@
 """The checkpoints of a config, loaded as the run would do it, but into the meta device."""
 
 from collections.abc import Iterator
-from functools import lru_cache
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cae_mm.checkpoints import Checkpoint, load_pretrained, read_checkpoint
 from cae_mm.checkpoints.pretrained import find_file
-from cae_mm.doctor.case import Case, get
+from cae_mm.doctor.case import COMMAND_LINE, Case, get
 from cae_mm.doctor.finding import Finding, explain
 from cae_mm.hooks import SafeLoadHook
 
-COMMAND_LINE = 'CHECKPOINT'
 MIN_MATCHED = signature(SafeLoadHook).parameters['min_matched'].default
 
 
@@ -23,11 +21,6 @@ class Load(NamedTuple):
     path: str
     module: str = ''  # part of the model that they are for, '' is all of it
     prefix: str = ''
-
-    def finding(self, case: Case, level: str, text: str, remedy: str = '') -> Finding:
-        """A finding about the file."""
-        value = self.path if self.key == COMMAND_LINE else case.get(self.key)
-        return Finding(level, self.key, text, remedy, value)
 
 
 def find_loads(case: Case) -> list[Load]:
@@ -43,37 +36,24 @@ def find_loads(case: Case) -> list[Load]:
             loads.append(Load(place, str(init.checkpoint), module, init.get('prefix') or ''))
     if case.get('load_from'):
         loads.append(Load('load_from', case.get('load_from')))
-    if case.checkpoint is None:
+    path = case.get(COMMAND_LINE)
+    if path is None:
         return loads
-    path = str(case.checkpoint)
-    backbone = next((load for load in loads if load.module == 'backbone'), None)
-    rest = [load for load in loads if load is not backbone]
-    if backbone is None or _is_whole(case, path):
-        return [*rest, Load(COMMAND_LINE, path)]
-    return [*rest, backbone._replace(key=COMMAND_LINE, path=path)]
+    backbone = [load for load in loads if load.module == 'backbone']
+    keys = case.model.state_dict() if case.model is not None else ()
+    checkpoint = read_file(case, path) if backbone else None
+    rest = {key for key in keys if not key.startswith('backbone.')}
+    whole = checkpoint is not None and not rest.isdisjoint(checkpoint.state)
+    new = Load(COMMAND_LINE, path)
+    if backbone and not whole:
+        new = backbone[0]._replace(key=COMMAND_LINE, path=path)
+    return [load for load in loads if load not in backbone] + [new]
 
 
-def _is_whole(case: Case, path: str) -> bool:
-    """Whether a file holds parts of this model other than its backbone."""
-    checkpoint = read_file(path)
-    if checkpoint is None or case.model is None:
-        return False
-    rest = {key for key in case.model.state_dict() if not key.startswith('backbone.')}
-    return not rest.isdisjoint(checkpoint.state)
-
-
-def read_file(path: str) -> Checkpoint | None:
+def read_file(case: Case, path: str) -> Checkpoint | None:
     """What is in a file, None if it cannot be read: ``check_weights`` tells why."""
-    file = Path(path).expanduser()
-    return _read(file, file.stat().st_mtime_ns) if file.is_file() else None
-
-
-@lru_cache(maxsize=2)  # several checks look at a file
-def _read(path: Path, changed: int) -> Checkpoint | None:
-    try:
-        return read_checkpoint(path)
-    except ValueError:
-        return None
+    outcome = case.attempt(read_checkpoint, Path(path).expanduser())
+    return outcome if isinstance(outcome, Checkpoint) else None
 
 
 def check_weights(case: Case) -> Iterator[Finding]:
@@ -81,16 +61,15 @@ def check_weights(case: Case) -> Iterator[Finding]:
     for load in find_loads(case):
         outcome = case.attempt(_load, case, load)
         if isinstance(outcome, Exception):
-            yield load.finding(case, 'error', explain(outcome))
+            yield case.finding('error', load.key, explain(outcome))
         elif outcome:
-            yield load.finding(case, 'note', '; '.join(outcome))
+            yield case.finding('note', load.key, '; '.join(outcome))
 
 
 def _load(case: Case, load: Load) -> list[str]:
     """Load into the model, and return what did not fit and need not."""
-    module: Any = case.model
-    for name in filter(None, load.module.split('.')):
-        module = getattr(module, name, None)
+    modules = dict(case.model.named_modules()) if case.model is not None else {}
+    module = modules.get(load.module)
     strict = hasattr(module, 'explain_missing_weights')  # mmengine loads others
     if '://' in load.path and not strict:
         return []
