@@ -178,6 +178,8 @@ def strip_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _follow_description(encoder: Any, file: Checkpoint) -> list[str]:
     """Refuse another number of heads, and resize positions from the file's size of pretraining."""
     of_model, of_file = encoder.describe(), file.description or encoder.describe()
+    if of_file.embed_dims != of_model.embed_dims:
+        return []  # the shapes tell, and the message about them names both widths
     if of_file.num_heads != of_model.num_heads:
         raise ValueError(
             f'{file.path} was made with {of_file.num_heads} heads, but the model has '

@@ -56,6 +56,9 @@ class SafeLoadHook(Hook):
         checkpoint = runner._load_from
         if runner._resume and checkpoint is None:
             checkpoint = find_latest_checkpoint(runner.work_dir)
+            if checkpoint is None:
+                text = f'nothing to resume in {runner.work_dir}: the run starts from the beginning'
+                runner.logger.warning(text)
         if checkpoint is None or runner._has_loaded or str(checkpoint).startswith(SCHEME):
             return
         path = find_file(checkpoint, type(runner.model).__name__)
