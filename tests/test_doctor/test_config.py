@@ -548,7 +548,7 @@ def test_images_that_cannot_be_read(classifier, tmp_path):
         path.write_text('no image')
     options = {'train_dataloader.dataset.data_root': str(tmp_path)}
     findings = check(classifier, options)
-    expect(findings, 'error', f'{PIPELINE}.0', '.png', "on_error='skip'")
+    expect(findings, 'error', f'{PIPELINE}.0', '.png', 'on_error=skip')
     options[f'{PIPELINE}.0.on_error'] = 'skip'
     expect(check(classifier, options), 'error', PIPELINE, 'none of', 'images')
 
