@@ -1,6 +1,7 @@
 """The checkpoints of a config, loaded as the run would do it, but into the meta device."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,8 +53,17 @@ def find_loads(case: Case) -> list[Load]:
 
 def read_file(case: Case, path: str) -> Checkpoint | None:
     """What is in a file, None if it cannot be read: ``check_weights`` tells why."""
-    outcome = case.attempt(read_checkpoint, Path(path).expanduser())
+    outcome = case.attempt(_read, Path(path).expanduser())
     return outcome if isinstance(outcome, Checkpoint) else None
+
+
+def _read(path: Path) -> Checkpoint:
+    return _read_once(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # several checks look at a file
+def _read_once(path: Path, changed: int) -> Checkpoint:
+    return read_checkpoint(path)
 
 
 def check_weights(case: Case) -> Iterator[Finding]:

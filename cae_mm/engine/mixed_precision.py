@@ -78,8 +78,9 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
 
     def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
         """Start counting batches; schedules may step before the first update."""
-        # mmengine warns of gradients that were lost where a resumed run begins; none are
-        super().initialize_count_status(model, 0, max_counts)
+        # mmengine warns of gradients lost before a resumed run; none are at the end of an epoch
+        start = init_counts if self.epoch_length is None else 0
+        super().initialize_count_status(model, start, max_counts)
         self._inner_count = init_counts
         self._global_step = 0  # where it is -1 mmengine warns
 

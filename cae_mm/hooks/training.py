@@ -26,12 +26,13 @@ class EpochSeedHook(Hook):
 
     priority = 'VERY_HIGH'
 
-    def before_train(self, runner: Runner) -> None:
+    def before_run(self, runner: Runner) -> None:
         """Let gathering of gradients end with the epoch, so that no checkpoint loses some."""
-        if not isinstance(runner.train_loop, EpochBasedTrainLoop):
+        loop = runner._train_loop  # not built where a checkpoint is only judged
+        if not isinstance(loop, EpochBasedTrainLoop):
             return
         wrapper: Any = runner.optim_wrapper
-        wrapper.epoch_length = length = len(runner.train_dataloader)
+        wrapper.epoch_length = length = len(loop.dataloader)
         steps = getattr(wrapper, '_accumulative_counts', 1)
         if length < steps:
             runner.logger.warning(

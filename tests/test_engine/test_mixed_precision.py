@@ -171,3 +171,16 @@ def test_gathering_ends_with_the_epoch(length, gathered, start):
             expected -= 0.1 * window.mean(0)
             torch.testing.assert_close(model.weight.detach(), expected)
         assert model.weight.grad is None or not model.weight.grad.any()  # nothing is pending
+
+
+@pytest.mark.parametrize(('length', 'warned'), [(3, False), (None, True)])
+def test_only_a_run_by_iterations_can_lose_what_was_gathered(length, warned, monkeypatch):
+    """Mmengine says so; the third step of an epoch of three is an update, of a long run it is not."""
+    texts = []
+    module = 'mmengine.optim.optimizer.optimizer_wrapper.print_log'
+    monkeypatch.setattr(module, lambda text, *_, **__: texts.append(text))
+    wrapper = build(model := nn.Linear(2, 1), dtype='float32', accumulative_counts=2)
+    wrapper.epoch_length = length
+    wrapper.initialize_count_status(model, 3, 6)
+    assert any('gradient of some iterations is lost' in text for text in texts) == warned
+    assert wrapper.inner_count == 3

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.logging import MessageHub
+from mmengine.runner import EpochBasedTrainLoop
 from mmpretrain.structures import DataSample
 
 from cae_mm.hooks import EpochSeedHook, GumbelTemperatureHook, NonFiniteLossHook
@@ -31,6 +32,17 @@ def test_seeds_depend_on_seed_and_epoch_alone():
         numbers = draw()
         assert draws.setdefault((seed, epoch), numbers) == numbers
     assert len(set(draws.values())) == 3
+
+
+@pytest.mark.parametrize(('steps', 'warned'), [(2, False), (3, False), (4, True)])
+def test_gathering_is_told_the_length_of_an_epoch(steps, warned):
+    loop = EpochBasedTrainLoop.__new__(EpochBasedTrainLoop)
+    loop.dataloader, texts = [None] * 3, []
+    wrapper = SimpleNamespace(_accumulative_counts=steps)
+    logger = SimpleNamespace(warning=texts.append)
+    EpochSeedHook().before_run(FakeRunner(_train_loop=loop, optim_wrapper=wrapper, logger=logger))
+    assert wrapper.epoch_length == 3
+    assert ['gathered over 3, not over 4' in text for text in texts] == [True] * warned
 
 
 def test_seeds_differ_between_ranks(monkeypatch):
