@@ -175,7 +175,7 @@ def test_gathering_ends_with_the_epoch(length, gathered, start):
 
 @pytest.mark.parametrize(('length', 'warned'), [(3, False), (None, True)])
 def test_only_a_run_by_iterations_can_lose_what_was_gathered(length, warned, monkeypatch):
-    """Mmengine says so; the third step of an epoch of three is an update, of a long run it is not."""
+    """An epoch of three steps ends with an update; the third step of a long run is none."""
     texts = []
     module = 'mmengine.optim.optimizer.optimizer_wrapper.print_log'
     monkeypatch.setattr(module, lambda text, *_, **__: texts.append(text))

@@ -103,7 +103,7 @@ def test_resume_finds_the_last_checkpoint(options, tmp_path):
 def test_options_and_settings_reach_the_run(options, tmp_path):
     """What the run dumped and logged, and what a user sees from the first step on."""
     result = run(
-        *('train.py', CONFIG, '--work-dir', tmp_path, '--amp', '--no-validate'),
+        *('train.py', CONFIG, '--work-dir', tmp_path, '--amp', '--no-validate', '--resume'),
         *('--auto-scale-lr', '--local-rank', '0', '--local_rank', '0', *options),
         *('optim_wrapper.type=OptimWrapper', 'train_cfg.max_epochs=3', 'settings.img_size=48'),
         *('settings.mask_ratio=0.25', 'auto_scale_lr.base_batch_size=4'),
@@ -118,6 +118,7 @@ def test_options_and_settings_reach_the_run(options, tmp_path):
     assert steps['cae_mm.TwoViewResizedCrop'].size == 48
     assert steps['cae_mm.CAEMaskGenerator'].mask_ratio == 0.25
     log = result.stdout + result.stderr
+    assert f'nothing to resume in {tmp_path}: the run starts from the beginning' in log
     assert len(re.findall(r'precision: \w+: .*CPU', log)) == 1
     assert 'batch: 1 x 2 x 2 gathered = 4 (the recipe: 4)' in log
     assert re.search(r'workers: \d+, one for each core \(the config: 1000\)', log)
