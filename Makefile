@@ -34,8 +34,8 @@ lint: setup  ## Check format, lint and types
 
 check: lint test  ## Lint and test; continuous integration does so with EXTRAS=all
 
-bench: setup  ## Time a training step beside mmpretrain's CAE
-	$(RUN) benchmarks/bench_step.py
+bench: setup  ## Time everything beside its targets (benchmarks/README.md)
+	$(RUN) benchmarks/table.py
 
 format: setup  ## Format the code and fix what ruff can
 	$(RUN) -m ruff format .
