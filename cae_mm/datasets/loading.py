@@ -19,6 +19,9 @@ SIXTEEN_BITS = ('I;16', 'I;16B', 'I;16L', 'I;16N')
 class LoadImage(BaseTransform):
     """Read ``img_path`` into ``img``: uint8 with shape (H, W, 3), BGR as in all of OpenMMLab.
 
+    A dataset that has the file's content already gives it as ``img_bytes``; ``img_path`` then is
+    only what errors and logs name.
+
     Grayscale, palette, CMYK and alpha images become RGB as Pillow converts them, EXIF orientation
     is applied, and 16-bit images are scaled to 8 bits (mmcv's Pillow backend clips them). Float
     and 32-bit images count as unreadable, since nothing says what their white is.
@@ -39,7 +42,10 @@ class LoadImage(BaseTransform):
         """Load one image; None lets the dataset draw another."""
         path = results['img_path']
         try:
-            with Image.open(io.BytesIO(fileio.get(path, self.backend_args))) as image:
+            content = results.pop('img_bytes', None)
+            if content is None:
+                content = fileio.get(path, self.backend_args)
+            with Image.open(io.BytesIO(content)) as image:
                 array = np.array(to_rgb(image))
         except Exception as error:  # Pillow's decoders raise almost anything on broken files
             unknown = isinstance(error, UnidentifiedImageError)

@@ -211,6 +211,18 @@ def write_broken(kind, folder):
     return path
 
 
+def test_bytes_are_read_instead_of_the_file(tmp_path):
+    """Of a dataset that has the content already; the path is a name only."""
+    content = write_good(tmp_path / 'a.png', 123).read_bytes()
+    name = str(tmp_path / 'shard.tar' / 'a.png')
+    results = LoadImage()(dict(img_path=name, img_bytes=content))
+    assert (results['img'] == [0, 0, 123]).all()
+    assert results['img_path'] == name
+    assert 'img_bytes' not in results
+    with pytest.raises(OSError, match=f'cannot read the image {name}: no image file'):
+        LoadImage()(dict(img_path=name, img_bytes=b''))
+
+
 BROKEN = ['truncated', 'text', 'empty', 'bad chunk', 'bad number', 'missing']
 
 
