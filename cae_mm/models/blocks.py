@@ -5,14 +5,13 @@ https://github.com/Atten4Vis/CAE/blob/master/models/modeling_cae_helper.py
 """
 
 import math
-from collections import OrderedDict
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 
+from cae_mm.models.functional import DropPath, attention, scaled_linear
 from cae_mm.models.positions import (
     num_relative_positions,
     relative_position_index,
@@ -69,12 +68,13 @@ class Attention(nn.Module):
             entries = num_relative_positions(bias_grid)
             self.relative_position_bias_table = nn.Parameter(torch.zeros(entries, num_heads))
 
-    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | None = None, gamma: Tensor | None = None) -> Tensor:
         """Attend within ``x``, shape (B, N, D).
 
         Args:
             x: Tokens; with a relative position bias the class token, then the patches of ``grid``.
             grid: Rows and columns of patches, not needed without relative position bias.
+            gamma: Layer scale of the output, shape (D,), or None for none.
         """
         bias = None
         if self.bias_grid is not None:
@@ -82,24 +82,20 @@ class Attention(nn.Module):
             table = resize_bias_table(self.relative_position_bias_table, self.bias_grid, grid)
             index = relative_position_index(grid, table.device)  # [1+N, 1+N]
             bias = F.embedding(index, table).permute(2, 0, 1)[None]  # [1, heads, 1+N, 1+N]
-        return self.attend(x, bias)
+        return self.attend(x, bias, gamma)
 
-    def attend(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def attend(self, x: Tensor, bias: Tensor | None = None, gamma: Tensor | None = None) -> Tensor:
         """Attend within ``x``, shape (B, N, D).
 
         Args:
             x: Tokens.
             bias: Float tensor to add to the logits, or bool tensor with False for keys to leave
                 out; its shape is broadcast to (B, heads, N, N).
+            gamma: Layer scale of the output, shape (D,), or None for none.
         """
-        B, N, D = x.shape
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, qkv_bias).reshape(B, N, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, D/heads]
-        if bias is not None and bias.is_floating_point():
-            bias = bias.to(q.dtype)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))  # [B, N, D]
+        q, k, v = F.linear(x, self.qkv.weight, qkv_bias).chunk(3, dim=-1)  # each [B, N, D]
+        return scaled_linear(attention(q, k, v, self.num_heads, bias), self.proj, gamma)
 
 
 class WindowAttention(Attention):
@@ -115,14 +111,15 @@ class WindowAttention(Attention):
         super().__init__(dim, num_heads)
         self.window_size = window_size
 
-    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | None = None, gamma: Tensor | None = None) -> Tensor:
         """Attend within ``x``, shape (B, 1 + N, D), class token first, N patches of ``grid``."""
         assert grid is not None
         B, w = x.shape[0], self.window_size  # len() would be a constant in an exported graph
         rows, columns = (math.ceil(side / w) for side in grid)  # of windows
         windows = partition_windows(x[:, 1:].unflatten(1, grid), w)  # [B*nW, w*w, D]
         copies = x[:, None, :1].expand(-1, rows * columns, -1, -1).flatten(0, 1)  # [B*nW, 1, D]
-        y = self.attend(torch.cat([copies, windows], dim=1), self._real_keys(B, grid, x.device))
+        real_keys = self._real_keys(B, grid, x.device)
+        y = self.attend(torch.cat([copies, windows], dim=1), real_keys, gamma)
         cls_token = y[:, :1].unflatten(0, (B, -1)).mean(1)  # [B, 1, D]
         y = y[:, 1:].reshape(B, rows, columns, w, w, -1).transpose(2, 3)
         y = y.reshape(B, rows * w, columns * w, -1)[:, : grid[0], : grid[1]]  # [B, h, w, D]
@@ -160,23 +157,27 @@ class CrossAttention(nn.Module):
         self.v = nn.Linear(dim, dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend from ``q``, shape (B, M, D), to ``k`` and ``v``, shapes (B, N, D)."""
-        q, k, v = (
-            x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, M or N, D/heads]
-            for x in (self.q(q), self.k(k), self.v(v))
-        )
-        x = F.scaled_dot_product_attention(q, k, v)  # [B, heads, M, D/heads]
-        return self.proj(x.transpose(1, 2).flatten(2))  # [B, M, D]
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None = None) -> Tensor:
+        """Attend from ``q``, shape (B, M, D), to ``k`` and ``v``, shapes (B, N, D).
+
+        The output is scaled by ``gamma``, shape (D,).
+        """
+        x = attention(self.q(q), self.k(k), self.v(v), self.num_heads)  # [B, M, D]
+        return scaled_linear(x, self.proj, gamma)
 
 
-class Mlp(nn.Sequential):
+class Mlp(nn.Module):
     """Linear, GELU, linear: from width D to D * mlp_ratio and back."""
 
     def __init__(self, dim: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
         hidden = int(dim * mlp_ratio)
-        layers = dict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim))
-        super().__init__(OrderedDict(layers))
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor, gamma: Tensor | None = None) -> Tensor:
+        """Transform ``x``, shape (B, N, D); the output is scaled by ``gamma``, shape (D,)."""
+        return scaled_linear(self.fc1(x), self.fc2, gamma, gelu=True)
 
 
 class Block(nn.Module):
@@ -222,8 +223,8 @@ class Block(nn.Module):
             x: Tokens.
             grid: Rows and columns of patches, for relative position bias and windows.
         """
-        x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x), grid))
-        return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
+        x = self.drop_path(x, self.attn(self.norm1(x), grid, self.gamma_1))
+        return self.drop_path(x, self.mlp(self.norm2(x), self.gamma_2))
 
 
 def linear_drop_path(rate: float, depth: int) -> list[float]:

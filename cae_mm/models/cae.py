@@ -125,9 +125,9 @@ class CAE(BaseSelfSupervisor):
 
         with torch.no_grad():  # before the rest: no activations are held yet, the peak is lower
             y_target = self.make_target(inputs, ids_m, grid)  # [B, M] or [B, M, K]
-            z_target = self.align_target(images, ids_m)  # [B, M, D]
-        torch.clear_autocast_cache()  # torch 2.4 would use weights cast without gradient again
         z_v = self.encode(images, ids_v)  # [B, V, D]
+        with torch.no_grad():  # after the line above, whose weights autocast has cast already
+            z_target = self.align_target(images, ids_m)  # [B, M, D]
         return self._predict(z_v, ids_v, ids_m, grid, y_target, z_target)
 
     def _predict(

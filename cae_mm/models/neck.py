@@ -8,7 +8,6 @@ References:
 from typing import Any
 
 import torch
-from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from cae_mm.models.blocks import (
     linear_drop_path,
     trunc_normal_,
 )
+from cae_mm.models.functional import DropPath
 from cae_mm.models.positions import SinCosPositions
 from cae_mm.patches import Grid
 from cae_mm.registry import MODELS
@@ -62,10 +62,10 @@ class RegressorBlock(nn.Module):
             pos: Positions of the visible, then of the masked patches, shape (B, V + M, D).
         """
         x = torch.cat([z_v, x_m], dim=1)  # [B, V+M, D]
-        x = self.attn(self.norm_q(x_m + pos_m), self.norm_k(x + pos), self.norm_v(x))
-        x = x_m + self.drop_path(self.gamma_1 * x)
+        q, k, v = self.norm_q(x_m + pos_m), self.norm_k(x + pos), self.norm_v(x)
+        x = self.drop_path(x_m, self.attn(q, k, v, self.gamma_1))
         x = self.norm2(x)  # the second residual starts from the normalised x
-        return x + self.drop_path(self.gamma_2 * self.mlp(x))  # [B, M, D]
+        return self.drop_path(x, self.mlp(x, self.gamma_2))  # [B, M, D]
 
 
 @MODELS.register_module()

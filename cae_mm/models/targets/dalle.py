@@ -45,12 +45,15 @@ class ResBlock(nn.Module):
         layers: dict[str, nn.Module] = {}
         widths = [n_in, *[n_out // 4] * 3, n_out]
         for i, (conv, kernel) in enumerate(zip(pairwise(widths), kernels, strict=True), start=1):
-            layers |= {f'relu_{i}': nn.ReLU(), f'conv_{i}': Conv2d(*conv, kernel)}
+            relu = nn.ReLU(
+                inplace=i > 1
+            )  # the first reads the block's input, which is needed again
+            layers |= {f'relu_{i}': relu, f'conv_{i}': Conv2d(*conv, kernel)}
         self.res_path = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform ``x``, shape (B, n_in, H, W)."""
-        return self.id_path(x) + self.post_gain * self.res_path(x)
+        return torch.add(self.id_path(x), self.res_path(x), alpha=self.post_gain)
 
 
 def _network(
