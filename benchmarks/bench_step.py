@@ -1,42 +1,26 @@
 """One full training step of ViT-B CAE: ours against mmpretrain's, on the same inputs.
 
-    python benchmarks/bench_step.py              # or: make bench
-
 A step is tokenizer, forward, backward, gradient clipping and AdamW, 224 px, 98 of 196 patches
-masked, random weights. The implementations take turns in one process, so that a busy machine
-slows down all of them alike; medians and ratios are printed. Peak memory is read from one fresh
-process for each, because a process' peak never falls.
+masked, random weights, each project with the optimizer of its configs. On a CPU batch 8, each in
+float32 and in bfloat16; on a GPU batches 64 and 256 under autocast, which is mmpretrain's AMP.
 """
 
-import argparse
-import json
-import platform
-import resource
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from statistics import median
 
 import mmpretrain.models  # noqa: F401  registers mmpretrain's CAE
 import torch
+from harness import Options, Row, alternate, console, in_turns, main, serve
 from mmengine.registry import MODELS
-from mmengine.runner.amp import autocast
 from mmpretrain.structures import DataSample
-from rich.console import Console
-from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 
 import cae_mm.registry  # noqa: F401  registers ours
+from cae_mm.precision import choose_precision
 
 DALLE_PIXELS = 112
-VARIANTS = {
-    # name: (whose, bfloat16 autocast)
-    'mmpretrain fp32': ('mmpretrain', False),
-    'mmpretrain bf16': ('mmpretrain', True),
-    'cae-mm fp32': ('cae_mm', False),
-    'cae-mm bf16': ('cae_mm', True),
-}
-BASELINE = 'mmpretrain fp32'  # mmpretrain's default on a CPU
+REPEATS = 5
 
 
 def build_ours() -> torch.nn.Module:
@@ -80,102 +64,99 @@ def make_batch(batch_size: int, device: str) -> tuple[list[torch.Tensor], list[D
     return views, [DataSample(mask=mask) for mask in masks]
 
 
-def make_step(name: str, batch_size: int, device: str) -> Callable[[], float]:
-    """Return a function that does one training step and returns its seconds."""
-    whose, bf16 = VARIANTS[name]
-    model = (build_ours if whose == 'cae_mm' else build_mmpretrain)().to(device).train()
-    views, samples = make_batch(batch_size, device)
-    if whose == 'mmpretrain':
+def make_step(name: str, device: str) -> Callable[[], None]:
+    """Return one training step of a variant: project, format and batch, as 'cae-mm fp32 8'."""
+    project, number_format, batch_size = name.split()
+    ours = project == 'cae-mm'
+    model = (build_ours if ours else build_mmpretrain)().to(device).train()
+    views, samples = make_batch(int(batch_size), device)
+    if not ours:
         samples = [DataSample(mask=sample.mask.to(device)) for sample in samples]
     params = [param for param in model.parameters() if param.requires_grad]
-    fused = dict(fused=True) if whose == 'cae_mm' else {}
+    fused = dict(fused=True) if ours else {}
     optimizer = torch.optim.AdamW(params, lr=1.5e-3, weight_decay=0.05, **fused)
 
-    def step() -> float:
-        _synchronize(device)
-        start = time.perf_counter()
-        with autocast(device_type=device, dtype=torch.bfloat16, enabled=bf16):
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=number_format == 'bf16'):
             losses = model(views, samples, mode='loss')
         loss, _ = model.parse_losses(losses)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 3.0)
         optimizer.step()
         optimizer.zero_grad()  # after the step, as mmengine's OptimWrapper does
-        _synchronize(device)
-        return time.perf_counter() - start
 
     return step
 
 
-def _synchronize(device: str) -> None:
-    if device == 'cuda':
-        torch.cuda.synchronize()
+def compare(name: str, baseline: str, target: float, options: Options) -> list[Row]:
+    """Speed and peak memory of a variant against another, several times in fresh processes."""
+    speeds, ratios = [], []
+    for i in range(REPEATS):
+        console.print(f'{name} : {baseline}, run {i + 1} of {REPEATS}')
+        seconds, peaks = in_turns(__file__, (baseline, name), options)
+        speeds.append(seconds[baseline] / seconds[name])
+        ratios.append(peaks[name] / peaks[baseline])
+    times = f'{seconds[baseline]:.3f} -> {seconds[name]:.3f} s; runs: {_join(speeds)}'
+    memory = f'{peaks[baseline]:.2f} -> {peaks[name]:.2f} GB; runs: {_join(ratios)}'
+    what = f'{name} : {baseline}'
+    return [
+        Row(f'step, {what}', median(speeds), target, detail=times),
+        Row(f'peak memory, {what}, worst', max(ratios), 0.6, at_most=True, detail=memory),
+    ]
 
 
-def peak_memory(device: str) -> float:
-    """Peak of this process in GB: of the GPU where there is one, else resident."""
-    if device == 'cuda':
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+def _join(numbers: list[float]) -> str:
+    return ', '.join(f'{number:.2f}' for number in numbers)
 
 
-def measure_memory(name: str, args: argparse.Namespace) -> float:
-    """Run three steps in a fresh process and return its peak in GB."""
-    command = [sys.executable, __file__, '--memory-of', name, '--batch-size', str(args.batch_size)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(output.splitlines()[-1])['peak_gb']
+def measure_on_cpu(options: Options) -> list[Row]:
+    """Batch 8; bfloat16 where it is native, float32 being mmpretrain's default."""
+    avx512 = torch.backends.cpu.get_cpu_capability() == 'AVX512'
+    rows = compare('cae-mm fp32 8', 'mmpretrain fp32 8', 1.5 if avx512 else 1.3, options)
+    if choose_precision('cpu').dtype == torch.bfloat16:
+        rows += compare('cae-mm bf16 8', 'mmpretrain fp32 8', 4.2, options)
+        rows += compare('cae-mm bf16 8', 'mmpretrain bf16 8', 1.5, options)
+    return rows
 
 
-def main() -> None:
-    """Time all variants in turn and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--batch-size', type=int, default=8)
-    parser.add_argument('--rounds', type=int, default=5, help='timed steps of each variant')
-    parser.add_argument('--memory-of', choices=VARIANTS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    torch.manual_seed(0)
-
-    if args.memory_of:
-        step = make_step(args.memory_of, args.batch_size, device)
-        for _ in range(3):
+def measure_on_gpu(options: Options) -> list[Row]:
+    """Batches 64 and 256 under autocast, and the share of the GPU's matrix peak."""
+    rows = []
+    peak_flops = measure_matrix_peak()
+    h200 = 2250 if 'H200' in torch.cuda.get_device_name() else None
+    for batch_size in (64, 256):
+        rows += compare(f'cae-mm bf16 {batch_size}', f'mmpretrain bf16 {batch_size}', 2.0, options)
+        step = make_step(f'cae-mm bf16 {batch_size}', 'cuda')
+        with FlopCounterMode(display=False) as counter:
             step()
-        print(json.dumps({'peak_gb': peak_memory(device)}))
-        return
+        seconds = alternate({'step': step}, options)['step']
+        share = 100 * counter.get_total_flops() / seconds / peak_flops
+        detail = f'of {peak_flops / 1e12:.0f} TFLOP/s measured'
+        rows += [
+            Row(
+                f'step, batch {batch_size}, of the matrix peak', share, 45, unit=' %', detail=detail
+            ),
+            Row(f'step, batch {batch_size}', batch_size / seconds, h200, unit=' images/s'),
+        ]
+    return rows
 
-    console = Console()
-    peaks = {}
-    for name in VARIANTS:
-        console.print(f'peak memory of {name} ...')
-        peaks[name] = measure_memory(name, args)
-    steps = {name: make_step(name, args.batch_size, device) for name in VARIANTS}
-    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for i in range(args.rounds + 1):
-        console.print('warm-up' if i == 0 else f'round {i} of {args.rounds}')
-        for name, step in steps.items():
-            seconds = step()
-            if i > 0:
-                times[name].append(seconds)
 
-    where = torch.cuda.get_device_name() if device == 'cuda' else platform.processor() or 'CPU'
-    table = Table(
-        title=f'ViT-B step, batch {args.batch_size}, torch {torch.__version__}, {where}, '
-        f'{torch.get_num_threads()} threads, median of {args.rounds}'
-    )
-    for column in ('', 's / step', 'images / s', 'speed-up', 'peak GB', 'peak ratio'):
-        table.add_column(column, justify='left' if not column else 'right')
-    for name in VARIANTS:
-        seconds = median(times[name])
-        table.add_row(
-            name,
-            f'{seconds:.3f}',
-            f'{args.batch_size / seconds:.1f}',
-            f'{median(times[BASELINE]) / seconds:.2f}x',
-            f'{peaks[name]:.2f}',
-            f'{peaks[name] / peaks[BASELINE]:.2f}',
-        )
-    console.print(table)
+def measure_matrix_peak() -> float:
+    """FLOP/s of a large matrix product in bfloat16."""
+    n = 8192
+    a, b = (torch.randn(n, n, device='cuda', dtype=torch.bfloat16) for _ in range(2))
+    seconds = alternate({'product': lambda: a @ b}, Options(20, 'cuda'))
+    return 2 * n**3 / seconds['product']
+
+
+def measure(options: Options) -> list[Row]:
+    """All rows of this machine."""
+    return measure_on_gpu(options) if options.device == 'cuda' else measure_on_cpu(options)
 
 
 if __name__ == '__main__':
-    main()
+    if sys.argv[1:2] == ['--serve']:
+        where = 'cuda' if torch.cuda.is_available() else 'cpu'
+        serve(make_step(sys.argv[2], where), where)
+    else:
+        main(measure, __doc__)

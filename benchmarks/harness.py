@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -64,25 +65,24 @@ class Options:
     Args:
         rounds: Timed turns of each variant.
         device: 'cuda' where there is one, else 'cpu'.
+        warm_up: Turns before those.
     """
 
     rounds: int
     device: str
+    warm_up: int = 1
 
 
 def alternate(steps: Mapping[str, Callable[[], object]], options: Options) -> dict[str, float]:
-    """Median seconds of each step, taken in turns so that a busy machine slows all alike.
-
-    The first round is not counted.
-    """
+    """Median seconds of each step, taken in turns so that a busy machine slows all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(options.rounds + 1):
+    for i in range(options.warm_up + options.rounds):
         for name, step in steps.items():
             synchronize(options.device)
             start = time.perf_counter()
             step()
             synchronize(options.device)
-            if i:
+            if i >= options.warm_up:
                 seconds[name].append(time.perf_counter() - start)
     return {name: median(values) for name, values in seconds.items()}
 
@@ -98,6 +98,47 @@ def peak_memory(device: str) -> float:
     if device == 'cuda':
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def serve(step: Callable[[], object], device: str) -> None:
+    """Time a step for each line of stdin, at its end print the peak: a process of ``in_turns``."""
+    for _ in sys.stdin:
+        print(json.dumps(alternate({'step': step}, Options(1, device, warm_up=0))['step']))
+        sys.stdout.flush()
+    print(json.dumps(peak_memory(device)))
+
+
+def in_turns(script: str, names: Sequence[str], options: Options) -> tuple[dict, dict]:
+    """Seconds and peaks in GB of variants that take turns, each in a process of its own.
+
+    So none works in a heap that another has cut up, and each has its own peak. The script is
+    started with ``--serve NAME`` and calls ``serve``.
+    """
+    command = [sys.executable, script, '--serve']
+    pipes: Any = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+    with ExitStack() as stack:
+        processes = {
+            name: stack.enter_context(subprocess.Popen([*command, name], **pipes)) for name in names
+        }
+
+        def ask(process: subprocess.Popen) -> float:
+            for line in process.stdout:
+                if re.fullmatch(r'[\d.e-]+\n', line):  # not what packages print on import
+                    return float(line)
+            raise RuntimeError(f'{" ".join(process.args)} failed')
+
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for i in range(options.warm_up + options.rounds):
+            for name, process in processes.items():
+                process.stdin.write('step\n')
+                answer = ask(process)
+                if i >= options.warm_up:
+                    seconds[name].append(answer)
+        peaks = {}
+        for name, process in processes.items():
+            process.stdin.close()
+            peaks[name] = ask(process)
+    return {name: median(values) for name, values in seconds.items()}, peaks
 
 
 def in_fresh_process(script: str, *arguments: str) -> Any:

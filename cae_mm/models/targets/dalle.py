@@ -15,10 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from cae_mm.checkpoints import PretrainedModule
 from cae_mm.models.targets.tokenizer import Tokenizer, without_autocast
 from cae_mm.registry import MODELS
+
+IMAGES_ON_CPU = 2  # at a time: larger maps leave the caches and are a sixth slower
 
 
 class Conv2d(nn.Module):
@@ -120,13 +123,15 @@ class DALLEEncoder(Tokenizer):
 
     def encode_features(self, images: Tensor) -> Tensor:
         """Run all but the output layer: (B, 3, h, w) in [0.1, 0.9] -> (B, 8 * n_hid, h/8, w/8)."""
-        device = images.device.type
-        if device == 'meta':  # shapes only; torch has no autocast there
-            return self.blocks[:-1](images)
-        dtype = torch.float16 if device == 'cuda' else torch.get_autocast_dtype(device)
-        mixed = self.mixed_precision and torch.is_autocast_enabled(device)
-        with torch.autocast(device, dtype, enabled=mixed):
-            return self.blocks[:-1](images.contiguous(memory_format=torch.channels_last))
+        device, network = images.device.type, self.blocks[:-1]
+        dtype = images.dtype
+        if device != 'meta' and self.mixed_precision and torch.is_autocast_enabled(device):
+            dtype = torch.float16 if device == 'cuda' else torch.get_autocast_dtype(device)
+        weights = {name: w.to(dtype) for name, w in network.named_parameters()}  # cast once
+        images = images.to(dtype, memory_format=torch.channels_last)
+        chunks = images.split(IMAGES_ON_CPU) if device == 'cpu' else [images]
+        with without_autocast(images):
+            return torch.cat([functional_call(network, weights, chunk) for chunk in chunks])
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits of features (..., 8 * n_hid), always in (at least) float32."""
