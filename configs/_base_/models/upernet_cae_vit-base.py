@@ -33,7 +33,7 @@ model = dict(
     ),
     neck=dict(type='cae_mm.ViTFeaturePyramid', in_channels=768, norm_cfg=dict(type='SyncBN')),
     decode_head=dict(
-        type='mmseg.UPerHead',
+        type='cae_mm.models.uper_head.UPerHead',  # mmseg.UPerHead at a lower price
         in_channels=[768] * 4,
         in_index=[0, 1, 2, 3],
         pool_scales=(1, 2, 3, 6),
