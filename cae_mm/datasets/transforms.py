@@ -9,22 +9,17 @@ from typing import Any
 
 import numpy as np
 from mmcv.transforms import BaseTransform
-from PIL import Image
 
+from cae_mm.datasets.resizing import INTERPOLATIONS, resize
 from cae_mm.patches import to_pair
 from cae_mm.registry import TRANSFORMS
 
 Size = int | tuple[int, int]
-INTERPOLATIONS = {
-    'bilinear': Image.Resampling.BILINEAR,
-    'bicubic': Image.Resampling.BICUBIC,
-    'lanczos': Image.Resampling.LANCZOS,
-}
 
 
 @TRANSFORMS.register_module()
 class TwoViewResizedCrop(BaseTransform):
-    """Crop at random and resize the crop to two sizes, antialiased (Pillow).
+    """Crop at random and resize the crop to two sizes, antialiased.
 
     Args:
         size: Side, or (height, width), of view 1.
@@ -34,6 +29,7 @@ class TwoViewResizedCrop(BaseTransform):
         interpolation: 'bilinear', 'bicubic' or 'lanczos', for view 1.
         second_interpolation: The same for view 2.
         central: Take the largest central crop within ``ratio`` instead, for evaluation.
+        flip_prob: How likely the image is mirrored, left to right, before.
     """
 
     def __init__(
@@ -46,28 +42,33 @@ class TwoViewResizedCrop(BaseTransform):
         interpolation: str = 'bicubic',
         second_interpolation: str = 'lanczos',
         central: bool = False,
+        flip_prob: float = 0.0,
     ) -> None:
         for name in (interpolation, second_interpolation):
             if name not in INTERPOLATIONS:
-                names = tuple(INTERPOLATIONS)
-                raise ValueError(f"Unknown interpolation '{name}': choose one of {names}")
+                raise ValueError(f"Unknown interpolation '{name}': choose one of {INTERPOLATIONS}")
         for name, (low, high) in dict(scale=scale, ratio=ratio).items():
             if not 0 < low <= high:
                 raise ValueError(f'{name} must be (low, high) with 0 < low <= high')
-        self.views = [(to_pair(size), INTERPOLATIONS[interpolation])]
+        self.views = [(to_pair(size), interpolation)]
         if second_size is not None:
-            self.views.append((to_pair(second_size), INTERPOLATIONS[second_interpolation]))
+            self.views.append((to_pair(second_size), second_interpolation))
         self.scale = scale
         self.ratio = ratio
         self.central = central
+        self.flip_prob = flip_prob
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         """Replace ``img``, uint8 (H, W, 3), by the list of its views."""
-        image = Image.fromarray(np.ascontiguousarray(results['img']))
+        image = results['img']
+        H, W, _ = image.shape
+        flipped = self.flip_prob > 0 and np.random.random() < self.flip_prob
         find_crop = self._central_crop if self.central else self._draw_crop
-        left, top, width, height = find_crop(*image.size)
-        crop = image.crop((left, top, left + width, top + height))
-        results['img'] = [np.array(crop.resize((w, h), how)) for (h, w), how in self.views]
+        left, top, width, height = find_crop(W, H)
+        if flipped:
+            image = image[:, ::-1]
+        crop = image[top : top + height, left : left + width]
+        results['img'] = resize(crop, self.views)
         results['img_shape'] = self.views[0][0]
         return results
 

@@ -16,7 +16,7 @@ custom_hooks = [
     dict(type='cae_mm.NonFiniteLossHook'),
     dict(type='cae_mm.ProgressHook'),
 ]
-# averages since the last line, of the model's metrics too
+# averages of the last 10 steps, of the model's metrics too
 log_processor = dict(
     mean_pattern=r'.*(loss|time|data_time|grad_norm|images_per_s|acc|cos|std|codes|perplexity).*'
 )

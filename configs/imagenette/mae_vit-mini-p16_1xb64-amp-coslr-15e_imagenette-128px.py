@@ -44,14 +44,15 @@ model = dict(
         dict(type='Constant', layer='LayerNorm', val=1.0, bias=0.0),
     ],
 )
-_base_.train_pipeline[2:4] = [  # for the two views and the mask
+_base_.train_pipeline[1:3] = [  # for the two views and the mask
+    dict(type='mmpretrain.RandomFlip', prob=0.5),
     dict(
         type='mmpretrain.RandomResizedCrop',
         scale=128,
         crop_ratio_range=(0.3, 1.0),
         backend='pillow',
         interpolation='bicubic',
-    )
+    ),
 ]
 train_dataloader = dict(dataset=dict(pipeline=_base_.train_pipeline))
 optim_wrapper = dict(optimizer=dict(betas=(0.9, 0.95)))

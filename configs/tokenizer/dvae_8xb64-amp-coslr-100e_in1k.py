@@ -10,8 +10,9 @@ _base_ = [
     '../_base_/runtime.py',
 ]
 
-_base_.train_pipeline[2:4] = [  # for the two views and the mask
-    dict(type='mmpretrain.RandomResizedCrop', scale=112, backend='pillow', interpolation='lanczos')
+_base_.train_pipeline[1:3] = [  # for the two views and the mask
+    dict(type='mmpretrain.RandomFlip', prob=0.5),
+    dict(type='mmpretrain.RandomResizedCrop', scale=112, backend='pillow', interpolation='lanczos'),
 ]
 train_dataloader = dict(dataset=dict(pipeline=_base_.train_pipeline))
 

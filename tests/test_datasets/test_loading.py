@@ -10,10 +10,11 @@ import pytest
 from mmengine.dataset import Compose
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision.io import decode_jpeg
 
 import cae_mm.registry  # noqa: F401
-from cae_mm.datasets import LoadImage
+from cae_mm.datasets import LoadImage, loading
 
 RAMP = np.linspace(0, 1, 12).reshape(3, 4)  # dark to light
 GRAY = (RAMP * 255).astype(np.uint8)
@@ -158,6 +159,72 @@ def test_exif_orientation(tmp_path, orientation, mode):
         stored = gray(stored // 257)
     unchanged = pixels.shape == stored.shape and (pixels == stored).all()
     assert unchanged == (orientation == 1)
+
+
+def save_jpeg(kind, path):
+    """A JPEG of some kind, of noise, so that any difference in decoding shows."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 50, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6 if kind == 'rotated' else 1
+    if kind in ('gray', 'cmyk'):
+        image = image.convert(dict(gray='L', cmyk='CMYK')[kind])
+    options = dict(progressive=kind == 'progressive', subsampling=0 if kind == '4:4:4' else 2)
+    return save(image, path, **options, **(dict(exif=exif) if kind in ('exif', 'rotated') else {}))
+
+
+@pytest.mark.parametrize(
+    ('kind', 'fast'),
+    [
+        ('4:2:0', True),
+        ('4:4:4', True),
+        ('progressive', True),
+        ('exif', True),
+        ('rotated', False),
+        ('gray', False),
+        ('cmyk', False),
+    ],
+)
+def test_jpegs_are_decoded_by_torchvision_with_pillows_pixels(tmp_path, monkeypatch, kind, fast):
+    calls = []
+    monkeypatch.setattr(loading, 'decode_jpeg', lambda x: calls.append(x) or decode_jpeg(x))
+    path = save_jpeg(kind, tmp_path / 'a.jpg')
+    with Image.open(path) as image:
+        upright = np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
+    np.testing.assert_array_equal(load(path), upright)
+    assert len(calls) == fast
+
+
+def test_large_jpegs_are_left_to_pillow(tmp_path, monkeypatch):
+    """Whose limit protects from bombs."""
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 900)
+    path = save_jpeg('4:2:0', tmp_path / 'a.jpg')  # 1850 pixels
+    with pytest.raises(OSError, match=rf'{path}: Image size \(1850 pixels\) exceeds limit'):
+        load(path)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', None)  # how users switch it off
+    assert load(path).shape == (37, 50, 3)
+
+
+def test_pillow_decides_about_what_torchvision_refuses(tmp_path, monkeypatch):
+    path = save_jpeg('4:2:0', tmp_path / 'a.jpg')
+    expected = load(path)
+
+    def refuse(content):
+        raise RuntimeError('no')
+
+    monkeypatch.setattr(loading, 'decode_jpeg', refuse)
+    np.testing.assert_array_equal(load(path), expected)
+
+
+@pytest.mark.parametrize('size', [2, 5, 30])
+def test_a_cut_header_is_pillows_to_report(tmp_path, size):
+    path = save_jpeg('4:2:0', tmp_path / 'a.jpg')
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(OSError) as ours:
+        load(path)
+    with pytest.raises(Exception) as pillows:
+        Image.open(path)
+    unknown = isinstance(pillows.value, UnidentifiedImageError)
+    assert ('no image file' if unknown else str(pillows.value)) in str(ours.value)
 
 
 def test_image_can_be_written_into(tmp_path):

@@ -109,6 +109,24 @@ def test_data_batch_and_transforms(name, inserted):
 
 
 @pytest.mark.parametrize('inserted', [False, True])
+@pytest.mark.parametrize(('name', 'labels'), [('cae', False), ('dvae', False), ('linear', True)])
+def test_shards_replace_the_folder_of_training(name, labels, inserted):
+    cfg = read(name, inserted)
+    pipeline = [dict(step) for step in cfg.train_dataloader.dataset.pipeline]
+    apply_settings(cfg, shards='SHARDS', data_root='MY', transforms=dict(LoadImage=dict(color=1)))
+    pipeline[inserted]['color'] = 1
+    loader = cfg.train_dataloader
+    assert loader.dataset == dict(
+        type='cae_mm.ShardDataset', data_root='SHARDS', with_label=labels, pipeline=pipeline
+    )
+    assert loader.sampler == dict(type='cae_mm.ShardSampler')
+    assert name != 'linear' or cfg.val_dataloader.dataset.data_root == 'MY'
+    before = cfg.to_dict()
+    apply_settings(cfg, shards='SHARDS')
+    assert cfg.to_dict() == before
+
+
+@pytest.mark.parametrize('inserted', [False, True])
 def test_mask_ratio(inserted):
     cfg = read('cae', inserted)
     apply_settings(cfg, mask_ratio=0.4)
@@ -139,6 +157,7 @@ def test_transforms_and_datasets_inside_others():
             'has a transform TwoViewCrop: did you mean TwoViewResizedCrop',
         ),
         ('linear', dict(mask_ratio=0.4), 'no pipeline .* has a transform CAEMaskGenerator'),
+        ('mask', dict(shards='S'), 'replaces a folder of images, not one with annotations/train'),
         ('mask', dict(img_size=512), r'detectors see many: set settings.transforms.Resize.scale'),
     ],
 )
@@ -159,7 +178,7 @@ def test_settings_in_a_config_and_in_its_base(tmp_path):
     cfg = load_config(path, {'settings.transforms.TwoViewResizedCrop.scale': (0.5, 1.0)})
     steps = pipelines(cfg)[0]
     assert steps['TwoViewResizedCrop'] | dict(scale=None) == dict(
-        type='cae_mm.TwoViewResizedCrop', size=128, second_size=64, scale=None
+        type='cae_mm.TwoViewResizedCrop', size=128, second_size=64, flip_prob=0.5, scale=None
     )
     assert steps['TwoViewResizedCrop'].scale == (0.5, 1.0)
     assert steps['CAEMaskGenerator'].mask_ratio == 0.25

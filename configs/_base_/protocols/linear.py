@@ -15,7 +15,5 @@ optim_wrapper = dict(
     optimizer=dict(type='cae_mm.LARS', lr=6.4, weight_decay=0.0, momentum=0.9),  # 0.1 per 256
 )
 default_hooks = dict(checkpoint=dict(save_best='accuracy/top1', max_keep_ckpts=1))
-# each process has BatchNorm statistics of its own: evaluation needs one set
-custom_hooks = [*_base_.custom_hooks, dict(type='SyncBuffersHook')]
 settings = dict(cpu_batch_size=64)  # not fewer: BatchNorm's statistics
 auto_scale_lr = dict(enable=True, base_batch_size=32 * 512)
