@@ -10,6 +10,8 @@ check_dependencies(imports=False)  # tells more than the import of what is missi
 from mmengine import registry as roots  # noqa: E402
 
 __all__ = [
+    'DATASETS',
+    'DATA_SAMPLERS',
     'FUNCTIONS',
     'HOOKS',
     'MODELS',
@@ -25,6 +27,8 @@ def _child(parent: roots.Registry, location: str) -> roots.Registry:
     return roots.Registry(parent.name, parent=parent, scope='cae_mm', locations=[location])
 
 
+DATASETS = _child(roots.DATASETS, 'cae_mm.datasets')
+DATA_SAMPLERS = _child(roots.DATA_SAMPLERS, 'cae_mm.datasets')
 FUNCTIONS = _child(roots.FUNCTIONS, 'cae_mm.hooks')
 HOOKS = _child(roots.HOOKS, 'cae_mm.hooks')
 MODELS = _child(roots.MODELS, 'cae_mm.models')

@@ -8,6 +8,8 @@ import mmpretrain.registry
 import pytest
 from builders import WIDTH, cae_config
 from mmengine.registry import (
+    DATA_SAMPLERS,
+    DATASETS,
     FUNCTIONS,
     HOOKS,
     MODELS,
@@ -26,7 +28,7 @@ from cae_mm import datasets, engine, hooks, models
 # a scope whose package is not installed makes mmengine warn and go on from the root registry
 SCOPES = pytest.mark.parametrize('scope', ['mmengine', 'mmpretrain', 'mmseg', 'mmdet'])
 ROOTS = {
-    *(FUNCTIONS, HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS),
+    *(DATASETS, DATA_SAMPLERS, FUNCTIONS, HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS),
     *(OPTIM_WRAPPERS, OPTIMIZERS, RUNNERS, TRANSFORMS),
 }
 OUR_CLASSES = {

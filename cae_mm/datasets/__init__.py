@@ -1,7 +1,14 @@
-"""Transforms: loading any image file, two views of one crop, masks."""
+"""Transforms: loading any image file, two views of one crop, masks; images in tar shards."""
 
 from cae_mm.datasets.loading import LoadImage
 from cae_mm.datasets.masking import CAEMaskGenerator
+from cae_mm.datasets.shards import ShardDataset, ShardSampler
 from cae_mm.datasets.transforms import TwoViewResizedCrop
 
-__all__ = ['CAEMaskGenerator', 'LoadImage', 'TwoViewResizedCrop']
+__all__ = [
+    'CAEMaskGenerator',
+    'LoadImage',
+    'ShardDataset',
+    'ShardSampler',
+    'TwoViewResizedCrop',
+]

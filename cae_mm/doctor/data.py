@@ -29,12 +29,15 @@ def check_data(case: Case) -> Iterator[Finding]:
             yield case.finding(level, f'{key}.{name}', text, remedy)
 
 
-def open_training_data(case: Case, key: str) -> Any:
-    """The dataset at ``key`` with its list read, or the exception; None if absent or large."""
+def open_training_data(case: Case, key: str, large: bool = False) -> Any:
+    """The dataset at ``key`` with its list read, or the exception; None if it is not here.
+
+    One whose list takes long to read counts as absent, unless ``large``.
+    """
     dataset = dict(_build_datasets(case)).get(key)
     if dataset is None or isinstance(dataset, Exception):
         return None  # not on this machine, or `check_data` tells
-    if _find_missing(dataset) or not _is_small(dataset):
+    if _find_missing(dataset) or not (large or _is_small(dataset)):
         return None
     return case.attempt(dataset.full_init) or dataset  # nothing, or what it raised
 
@@ -48,7 +51,9 @@ def check_count(case: Case, key: str, dataset: Any) -> Iterator[Finding]:
     loader = case.get('train_dataloader')
     sampler = str((loader.get('sampler') or {}).get('type', 'DefaultSampler'))
     images = -(-len(dataset) // case.machine.processes)  # of one process, as the sampler deals
-    if key != 'train_dataloader.dataset' or not sampler.endswith('DefaultSampler'):
+    if key != 'train_dataloader.dataset' or not sampler.endswith(
+        ('DefaultSampler', 'ShardSampler')
+    ):
         return
     if images == 0 or (loader.get('drop_last') and images < loader['batch_size']):
         key = 'train_dataloader.batch_size'

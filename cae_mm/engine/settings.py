@@ -20,8 +20,10 @@ SETTINGS = (
     'cpu_batch_size',
     'data_root',
     'epochs',
+    'fsdp',
     'img_size',
     'mask_ratio',
+    'shards',
     'transforms',
 )
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
@@ -39,16 +41,19 @@ def apply_settings(cfg: Any, **settings: Any) -> None:
             tokenizer, where that is trained) sees; crops, second view and evaluation follow;
             ``mask_ratio``: share of the patches that are masked;
             ``data_root``: folder of the data, for training and evaluation;
+            ``shards``: folder of tar shards that training reads instead of image files;
             ``epochs``: of training; warm-up and milestones change in proportion;
             ``batch_size``: images in a training step of one process;
             ``cpu_batch_size``: at most so many where there is no GPU, unless ``batch_size`` is
             said beside it;
+            ``fsdp``: whether several processes share parameters and states of the optimizer (see
+            docs/scaling.md);
             ``transforms``: options by the class of a transform, wherever it stands in a pipeline.
 
     Raises:
         ValueError: If a setting is unknown, or nothing in the config takes it.
     """
-    for name, value in settings.items():
+    for name, value in sorted(settings.items()):  # the folder of shards after that of the rest
         if name not in SETTINGS:
             raise ValueError(f"unknown setting 'settings.{name}'{suggest(name, SETTINGS)}")
         if name == 'cpu_batch_size':  # waits until it is known where the run takes place
@@ -60,8 +65,12 @@ def apply_settings(cfg: Any, **settings: Any) -> None:
             _set_transforms(cfg, {'CAEMaskGenerator': {'mask_ratio': value}})
         elif name == 'data_root':
             _set_data_root(cfg, os.path.expanduser(value))
+        elif name == 'shards':
+            _set_shards(cfg, os.path.expanduser(value))
         elif name == 'epochs':
             _set_epochs(cfg, value)
+        elif name == 'fsdp':
+            cfg['fsdp'] = value
         elif name == 'batch_size':
             cfg['train_dataloader']['batch_size'] = value
         else:
@@ -134,6 +143,21 @@ def _set_data_root(cfg: Any, root: str) -> None:
         for old in roots - {''}:
             if path.startswith(old):
                 evaluator['ann_file'] = f'{root.rstrip("/")}/{path.removeprefix(old).lstrip("/")}'
+
+
+def _set_shards(cfg: Any, root: str) -> None:
+    loader = cfg['train_dataloader']
+    dataset = loader['dataset']
+    if 'pipeline' not in dataset or dataset.get('ann_file'):
+        what = dataset.get('ann_file') or dataset['type']
+        raise ValueError(f'settings.shards replaces a folder of images, not one with {what}')
+    loader['sampler'] = dict(type='cae_mm.ShardSampler')
+    loader['dataset'] = dict(
+        type='cae_mm.ShardDataset',
+        data_root=root,
+        with_label=dataset.get('with_label', True),  # the default of mmpretrain's datasets
+        pipeline=dataset['pipeline'],
+    )
 
 
 def _set_epochs(cfg: Any, epochs: int) -> None:
