@@ -285,7 +285,7 @@ def test_heads_run_in_float32(coco, tmp_path):
     runner = CAERunner.from_cfg(cfg)
     wrapper = runner.build_optim_wrapper(runner.cfg.optim_wrapper)
     seen = {}
-    for name in ('backbone.blocks.0.mlp.fc2', 'neck.1.fpn_convs.0.conv', 'rpn_head.rpn_conv'):
+    for name in ('backbone.blocks.0.mlp.fc1', 'neck.1.fpn_convs.0.conv', 'rpn_head.rpn_conv'):
         runner.model.get_submodule(name).register_forward_hook(
             lambda _, __, out, name=name: seen.update({name: out.dtype})
         )

@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
         '--precision', choices=PRECISIONS, help='default: what the device does fast'
     )
     parser.add_argument('--batch-size', type=int, help='default 64')
-    parser.add_argument('--num-workers', type=int, help='default: one for each core, up to 4')
+    parser.add_argument('--num-workers', type=int, help='default: one for each core')
     return parser.parse_args()
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,21 +81,44 @@ def extract_features(
 ) -> Iterator[Tensor]:
     """Yield the features of the images ``rows``, float32 (B, F, D) on the CPU, batch by batch.
 
-    The backbone must be in eval mode. The global random generators are not touched.
-    ``num_workers`` None takes one for each core, up to four; ``title`` None shows no progress.
+    The backbone must be in eval mode. The global random generators are not touched. ``title`` None
+    shows no progress. ``num_workers`` is the number of threads that read the images of a batch
+    between two runs of an encoder on the CPU, 0 or None for one for each core; for a GPU it is the
+    number of processes that read ahead, None for one for each core, up to four.
     """
+    load = _load_with_threads if encoder.device.type == 'cpu' else _load_with_processes
+    bar = dict(unit=' images', dynamic_ncols=True, leave=False, disable=title is None)
+    with tqdm(desc=title, total=len(rows), **bar) as progress:
+        for batch in load(images, rows, batch_size, num_workers):
+            yield encoder(batch).cpu()
+            progress.update(len(batch))
+
+
+def _load_with_threads(
+    images: ImageFolder, rows: Sequence[int], batch_size: int, num_workers: int | None
+) -> Iterator[Tensor]:
+    """Read with all cores while the encoder does not need them: sharing them slows down both.
+
+    Threads will do, as Pillow decodes and resizes without Python's lock.
+    """
+    with ThreadPoolExecutor(num_workers or joblib.cpu_count()) as pool:
+        for start in range(0, len(rows), batch_size):
+            batch = pool.map(images.__getitem__, rows[start : start + batch_size])
+            yield torch.stack([image for image, _ in batch])
+
+
+def _load_with_processes(
+    images: ImageFolder, rows: Sequence[int], batch_size: int, num_workers: int | None
+) -> Iterator[Tensor]:
+    """Read ahead while the GPU encodes."""
     loader = DataLoader(
         Subset(images, rows),
         batch_size=batch_size,
         num_workers=min(joblib.cpu_count(), 4) if num_workers is None else num_workers,
-        pin_memory=encoder.device.type == 'cuda',
+        pin_memory=True,
         generator=torch.Generator(),  # else the loader takes a number from the global one
     )
-    bar = dict(unit=' images', dynamic_ncols=True, leave=False, disable=title is None)
-    with tqdm(desc=title, total=len(rows), **bar) as progress:
-        for batch, _ in loader:
-            yield encoder(batch).cpu()
-            progress.update(len(batch))
+    return (batch for batch, _ in loader)
 
 
 def cached_features(

@@ -6,10 +6,12 @@ https://github.com/Atten4Vis/CAE/blob/master/models/modeling_cae_helper.py
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cae_mm.models.functional import DropPath, attention, scaled_linear
 from cae_mm.models.positions import (
@@ -68,33 +70,53 @@ class Attention(nn.Module):
             entries = num_relative_positions(bias_grid)
             self.relative_position_bias_table = nn.Parameter(torch.zeros(entries, num_heads))
 
-    def forward(self, x: Tensor, grid: Grid | None = None, gamma: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        grid: Grid | None = None,
+        gamma: Tensor | None = None,
+        queries: int | None = None,
+    ) -> Tensor:
         """Attend within ``x``, shape (B, N, D).
 
         Args:
             x: Tokens; with a relative position bias the class token, then the patches of ``grid``.
             grid: Rows and columns of patches, not needed without relative position bias.
             gamma: Layer scale of the output, shape (D,), or None for none.
+            queries: How many tokens, the first ones, attend and are returned; None for all.
         """
         bias = None
         if self.bias_grid is not None:
             grid = grid or self.bias_grid
             table = resize_bias_table(self.relative_position_bias_table, self.bias_grid, grid)
             index = relative_position_index(grid, table.device)  # [1+N, 1+N]
-            bias = F.embedding(index, table).permute(2, 0, 1)[None]  # [1, heads, 1+N, 1+N]
-        return self.attend(x, bias, gamma)
+            bias = F.embedding(index[:queries], table).permute(2, 0, 1)[None]  # [1, heads, Q, 1+N]
+        return self.attend(x, bias, gamma, queries)
 
-    def attend(self, x: Tensor, bias: Tensor | None = None, gamma: Tensor | None = None) -> Tensor:
+    def attend(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        gamma: Tensor | None = None,
+        queries: int | None = None,
+    ) -> Tensor:
         """Attend within ``x``, shape (B, N, D).
 
         Args:
             x: Tokens.
             bias: Float tensor to add to the logits, or bool tensor with False for keys to leave
-                out; its shape is broadcast to (B, heads, N, N).
+                out; its shape is broadcast to (B, heads, Q, N).
             gamma: Layer scale of the output, shape (D,), or None for none.
+            queries: How many tokens Q, the first ones, attend and are returned; None for all.
         """
-        qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        q, k, v = F.linear(x, self.qkv.weight, qkv_bias).chunk(3, dim=-1)  # each [B, N, D]
+        k_bias, weight = torch.zeros_like(self.v_bias), self.qkv.weight
+        if queries is None:
+            qkv_bias = torch.cat([self.q_bias, k_bias, self.v_bias])
+            q, k, v = F.linear(x, weight, qkv_bias).chunk(3, dim=-1)  # each [B, N, D]
+        else:
+            D = len(k_bias)
+            q = F.linear(x[:, :queries], weight[:D], self.q_bias)  # [B, Q, D]
+            k, v = F.linear(x, weight[D:], torch.cat([k_bias, self.v_bias])).chunk(2, dim=-1)
         return scaled_linear(attention(q, k, v, self.num_heads, bias), self.proj, gamma)
 
 
@@ -111,7 +133,13 @@ class WindowAttention(Attention):
         super().__init__(dim, num_heads)
         self.window_size = window_size
 
-    def forward(self, x: Tensor, grid: Grid | None = None, gamma: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        grid: Grid | None = None,
+        gamma: Tensor | None = None,
+        queries: int | None = None,
+    ) -> Tensor:
         """Attend within ``x``, shape (B, 1 + N, D), class token first, N patches of ``grid``."""
         assert grid is not None
         B, w = x.shape[0], self.window_size  # len() would be a constant in an exported graph
@@ -123,7 +151,7 @@ class WindowAttention(Attention):
         cls_token = y[:, :1].unflatten(0, (B, -1)).mean(1)  # [B, 1, D]
         y = y[:, 1:].reshape(B, rows, columns, w, w, -1).transpose(2, 3)
         y = y.reshape(B, rows * w, columns * w, -1)[:, : grid[0], : grid[1]]  # [B, h, w, D]
-        return torch.cat([cls_token, y.flatten(1, 2)], dim=1)
+        return torch.cat([cls_token, y.flatten(1, 2)], dim=1)[:, :queries]
 
     def _real_keys(self, B: int, grid: Grid, device: torch.device) -> Tensor | None:
         """Bool mask of the keys that are no filling, shape (B * nW, 1, 1, 1 + w * w), or None."""
@@ -216,15 +244,25 @@ class Block(nn.Module):
         self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | None = None, queries: int | None = None) -> Tensor:
         """Transform ``x``, shape (B, N, D).
 
         Args:
             x: Tokens.
             grid: Rows and columns of patches, for relative position bias and windows.
+            queries: How many tokens, the first ones, are returned, which saves the work for the
+                others; None for all.
         """
-        x = self.drop_path(x, self.attn(self.norm1(x), grid, self.gamma_1))
+        branch = self.attn(self.norm1(x), grid, self.gamma_1, queries)
+        x = self.drop_path(x[:, :queries], branch)
         return self.drop_path(x, self.mlp(self.norm2(x), self.gamma_2))
+
+
+def run_block(block: nn.Module, with_cp: bool, x: Tensor, *args: Any) -> Tensor:
+    """Run a block on ``x`` and ``args``; ``with_cp`` recomputes its activations in backward."""
+    if with_cp and block.training and x.requires_grad:
+        return checkpoint(block, x, *args, use_reentrant=False)
+    return block(x, *args)
 
 
 def linear_drop_path(rate: float, depth: int) -> list[float]:

@@ -29,12 +29,14 @@ def attention(
         Tensor with shape (B, M, D).
     """
     q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
-    if bias is not None and bias.is_floating_point():
-        bias = bias.to(q.dtype)
-    half_on_cpu = q.device.type == 'cpu' and q.dtype in (torch.bfloat16, torch.float16)
-    if half_on_cpu and bias is None and torch.is_grad_enabled() and q.requires_grad:
+    on_cpu, half = q.device.type == 'cpu', q.dtype in (torch.bfloat16, torch.float16)
+    if on_cpu and bias is not None and bias.requires_grad:
+        x = _attention_with_learned_bias(q, k, v, bias)
+    elif on_cpu and half and bias is None and torch.is_grad_enabled() and q.requires_grad:
         x = _HalfAttentionOnCPU.apply(q, k, v)
     else:
+        if bias is not None and bias.is_floating_point():
+            bias = bias.to(q.dtype)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # [B, heads, M, D/heads]
     return x.transpose(1, 2).flatten(2)
 
@@ -58,6 +60,21 @@ class _HalfAttentionOnCPU(torch.autograd.Function):
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         tensors = (x.float() for x in (grad, q, k, v, out))
         return tuple(g.to(q.dtype) for g in backward(*tensors, lse, 0.0, False))
+
+
+def _attention_with_learned_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Attention by plain products, with ``bias`` of shape (1, heads, M, N).
+
+    Where a bias needs a gradient torch has no fused kernel on CPUs. What it has instead does the
+    same in more operations: it scales both factors and looks for rows without any key.
+    """
+    B = len(q)
+    dtype = torch.promote_types(q.dtype, torch.float32)  # in bfloat16 logits would be rounded
+    bias = bias.to(dtype).expand(B, -1, -1, -1).flatten(0, 1)  # [B*heads, M, N]
+    q_, k_, v_ = (x.to(dtype).flatten(0, 1) for x in (q, k, v))  # [B*heads, M or N, D/heads]
+    with torch.autocast('cpu', enabled=False):
+        logits = torch.baddbmm(bias, q_, k_.mT, alpha=q.shape[-1] ** -0.5)
+        return (logits.softmax(-1) @ v_).unflatten(0, (B, -1)).to(q.dtype)
 
 
 def scaled_linear(x: Tensor, linear: nn.Linear, gamma: Tensor | None, gelu: bool = False) -> Tensor:

@@ -18,6 +18,7 @@ from cae_mm.models.blocks import (
     Mlp,
     init_linear_and_norm,
     linear_drop_path,
+    run_block,
     trunc_normal_,
 )
 from cae_mm.models.functional import DropPath
@@ -83,6 +84,7 @@ class CAENeck(BaseModule):
         drop_path_rate: Drop path of the last block of either; grows linearly from 0.
         layer_scale: Initial layer scale of either. The paper's L uses 1e-5 like its encoder; in
             the official code the flag never arrives and L has 0.1.
+        with_cp: Recompute each block's activations in the backward pass to save memory.
     """
 
     def __init__(
@@ -97,8 +99,10 @@ class CAENeck(BaseModule):
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
         layer_scale: float = 0.1,
+        with_cp: bool = False,
     ) -> None:
         super().__init__()
+        self.with_cp = with_cp
         self.in_dims = in_dims
         self.out_dims = out_dims
         self.projection: nn.Module = nn.Identity()
@@ -144,7 +148,7 @@ class CAENeck(BaseModule):
         pos = torch.cat([pos_v, pos_m], dim=1)  # [B, V+M, D]
         x_m = self.mask_token.expand(*ids_m.shape, -1)  # [B, M, D]
         for block in self.regressor:
-            x_m = block(x_m, z_v, pos_m, pos)
+            x_m = run_block(block, self.with_cp, x_m, z_v, pos_m, pos)
         return self.regressor_norm(x_m)
 
     def decode(self, z_m: Tensor, ids_m: Tensor, grid: Grid) -> Tensor:
@@ -160,7 +164,7 @@ class CAENeck(BaseModule):
         """
         x = z_m + self._positions(grid, ids_m)
         for block in self.decoder:
-            x = block(x)
+            x = run_block(block, self.with_cp, x)
         return self.output(self.decoder_norm(x))
 
     def _positions(self, grid: Grid, ids: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from cae_mm.checkpoints import EncoderDescription, PretrainedModule
@@ -21,6 +20,7 @@ from cae_mm.models.blocks import (
     PatchEmbed,
     init_linear_and_norm,
     linear_drop_path,
+    run_block,
     trunc_normal_,
 )
 from cae_mm.models.positions import SinCosPositions, fit_bias_tables
@@ -162,7 +162,7 @@ class CAEViT(PretrainedModule):
         grid = grid_of(images.shape[-2:], self.patch_size)
         x = self._embed(images, grid, ids)
         for block in self.blocks:
-            x = self._run(block, x, grid)
+            x = run_block(block, self.with_cp, x, grid)
         return self.norm(x)  # [B, 1+K, D]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -180,9 +180,10 @@ class CAEViT(PretrainedModule):
             images = F.pad(images, (0, -W % p, 0, -H % p))
         grid = grid_of(images.shape[-2:], p)
         x = self._embed(images, grid)
-        outs = []
-        for i, block in enumerate(self.blocks):
-            x = self._run(block, x, grid)
+        outs, last = [], max(self.out_indices)
+        for i, block in enumerate(self.blocks[: last + 1]):
+            only_cls = i == last and self.out_type == 'cls_token'
+            x = run_block(block, self.with_cp, x, grid, 1 if only_cls else None)
             if i in self.out_indices:
                 norm = self.norm if i == self.depth - 1 else nn.Identity()
                 outs.append(self._format(x, grid, norm))
@@ -262,11 +263,6 @@ class CAEViT(PretrainedModule):
         # the class token's position is zero in the official code: nothing to add
         cls_token = self.cls_token.expand(x.shape[0], -1, -1)  # len() is a constant when exported
         return torch.cat([cls_token, x], dim=1)  # [B, 1+K, D]
-
-    def _run(self, block: nn.Module, x: Tensor, grid: Grid) -> Tensor:
-        if self.with_cp and self.training and x.requires_grad:
-            return torch.utils.checkpoint.checkpoint(block, x, grid, use_reentrant=False)
-        return block(x, grid)
 
     def _format(self, x: Tensor, grid: Grid, norm: nn.Module) -> Tensor:
         if self.out_type == 'raw':

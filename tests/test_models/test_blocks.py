@@ -31,6 +31,18 @@ def test_attention_head_by_head():
     close(attention(x), attention.proj(y))
 
 
+@pytest.mark.parametrize(('autocast', 'tolerance'), [(False, 1e-6), (True, 0.02)])
+def test_relative_position_bias_is_the_same_with_and_without_gradient(autocast, tolerance):
+    attention = randomize(Attention(12, 3, bias_grid=(2, 3)))
+    x = torch.randn(2, 7, 12)
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        trained = attention(x)
+        with torch.no_grad():
+            torch.testing.assert_close(trained, attention(x), rtol=0, atol=tolerance)
+    trained.sum().backward()
+    assert attention.relative_position_bias_table.grad.count_nonzero() > 0
+
+
 def test_cross_attention_head_by_head():
     attention = randomize(CrossAttention(12, 3).double())
     q, k, v = tokens(4, 6, 6)
@@ -66,6 +78,13 @@ def test_block_is_the_official_one():
     [x] = tokens(5)
     block.eval()  # nothing is dropped
     close(block(x), official.block(x, block.state_dict(), '', heads=2))
+
+
+@pytest.mark.parametrize('options', [{}, {'bias_grid': (2, 3)}, {'window_size': 2}], ids=str)
+def test_block_of_the_first_tokens_only(options):
+    block = randomize(Block(12, 3, **options).double())
+    [x] = tokens(7)
+    close(block(x, (2, 3), 2), block(x, (2, 3))[:, :2])
 
 
 def test_layer_scale_is_per_channel():

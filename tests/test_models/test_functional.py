@@ -155,3 +155,26 @@ def test_drop_path_scales_what_it_keeps():
     assert torch.allclose(scales[kept], torch.tensor(1 / 0.75, dtype=torch.float64))
     assert not scales[~kept].any() and 5 <= (~kept).sum() <= 28
     assert torch.equal(drop_path.eval()(x, branch), x + branch)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_attention_with_a_bias_that_is_trained(dtype):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, bias = (
+        torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
+        for shape in [(2, 5, 12), (2, 7, 12), (2, 7, 12), (1, 3, 5, 7)]
+    )
+    heads = (x.double().unflatten(-1, (3, 4)).transpose(1, 2) for x in (q, k, v))
+    expected = F.scaled_dot_product_attention(*heads, attn_mask=bias.double())
+    expected = expected.transpose(1, 2).flatten(2)
+    with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+        actual = attention(q, k, v, 3, bias)
+    assert actual.dtype == dtype
+    # as near as rounding the output can be: logits and probabilities are not rounded
+    tolerance = 1e-12 if dtype == torch.float64 else 2**-8
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+    grad = torch.randn(actual.shape, dtype=torch.float64, generator=generator)
+    inputs = (q, k, v, bias)
+    wanted = torch.autograd.grad(expected, inputs, grad)
+    for x, y in zip(torch.autograd.grad(actual, inputs, grad.to(dtype)), wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=2 * tolerance, atol=2 * tolerance)
