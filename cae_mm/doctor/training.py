@@ -53,7 +53,7 @@ def check_precision(case: Case) -> Iterator[Finding]:
 
 
 def check_sync_bn(case: Case) -> Iterator[Finding]:
-    """Batch statistics over processes where there is one process, or no GPU."""
+    """Batch statistics over processes where there is one process."""
     modules = case.model.named_modules() if case.model is not None else ()
     name = next((name for name, module in modules if isinstance(module, nn.SyncBatchNorm)), None)
     if name and case.machine.processes == 1:
@@ -61,9 +61,6 @@ def check_sync_bn(case: Case) -> Iterator[Finding]:
         text = f'SyncBN ({name}, ...) is plain BN on one process: statistics of {batch_size} images'
         remedy = "with two or three images take a norm without batch, as dict(type='LN2d')"
         yield Finding('note', 'model', text, remedy)
-    elif name and case.machine.device == 'cpu':
-        text = f'SyncBN ({name}, ...) works on GPUs only, not on {case.machine}'
-        yield Finding('error', 'model', text, "set norm_cfg=dict(type='BN')")
 
 
 def check_probe(case: Case) -> Iterator[Finding]:

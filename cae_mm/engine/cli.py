@@ -17,6 +17,8 @@ OTHER_KEYS = {
     'activation_checkpointing',
     'compile',
     'custom_imports',
+    'find_unused_parameters',
+    'fsdp',
     'model_wrapper_cfg',
     'tta_model',
 }

@@ -33,6 +33,8 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
     # batches of an epoch, if gathering is to end with it (set by ``EpochSeedHook``): nothing is
     # then pending when a checkpoint is written
     epoch_length: int | None = None
+    # norm of the gradients on the device, before clipping; None where the last batch was no update
+    grad_norm: Tensor | None = None
 
     def __init__(
         self,
@@ -66,6 +68,7 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Add the gradients of ``loss``."""
+        self.grad_norm = None
         super().backward(self.loss_scaler.scale(loss), **kwargs)
 
     def step(self, **kwargs: Any) -> None:
@@ -75,6 +78,15 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
             self._clip_grad()
         self.loss_scaler.step(self.optimizer, **kwargs)
         self.loss_scaler.update()
+
+    def _clip_grad(self) -> None:
+        """Clip, and log the norm as a tensor: mmengine's waits for it."""
+        groups = self.optimizer.param_groups
+        params = [x for group in groups for x in group['params'] if x.grad is not None]
+        norm = self.clip_func(params, **self.clip_grad_kwargs)
+        self.grad_norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm  # if sharded
+        if self.grad_norm is not None:
+            self.message_hub.update_scalar(f'train/{self.grad_name}', self.grad_norm)
 
     def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
         """Start counting batches; schedules may step before the first update."""

@@ -1,6 +1,8 @@
 """The Runner of this project: mmengine's, with the config fitted to the machine it starts on."""
 
 import os
+import subprocess
+from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,22 @@ from typing import Any
 import joblib
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.logging import MessageHub
 from mmengine.runner import Runner
 from torch import nn
 
-from cae_mm.engine.settings import LOADERS, apply_settings, find_datasets
+from cae_mm.datasets.shard_index import INDEX_FILE
+from cae_mm.engine.message_hub import DeferredMessageHub
+from cae_mm.engine.settings import LOADERS, apply_settings, class_name, find_datasets
+from cae_mm.engine.sharding import (
+    check_sharding,
+    gathered_state,
+    is_sharded,
+    shard_model,
+    shard_optimizer_state,
+)
+from cae_mm.models.sync_batch_norm import replace_sync_batch_norm
 from cae_mm.registry import RUNNERS
 
 WORLD_SIZE = {'pytorch': 'WORLD_SIZE', 'slurm': 'SLURM_NTASKS', 'mpi': 'OMPI_COMM_WORLD_SIZE'}
@@ -27,7 +41,8 @@ class CAERunner(Runner):
     """mmengine's Runner; ``runner_type='cae_mm.CAERunner'`` makes every ``train.py`` use it.
 
     Before it is built it applies the config's ``settings`` and fits workers, batch, gathering of
-    gradients and process group to the machine. It says in the log what it changed.
+    gradients and process group to the machine. It says in the log what it changed. Numbers of the
+    log are read from the device when they are written, not in each step.
     """
 
     @classmethod
@@ -40,22 +55,65 @@ class CAERunner(Runner):
             runner.logger.info(remark)
         return runner
 
+    def build_message_hub(self, message_hub: dict[str, Any] | None = None) -> MessageHub:
+        """Build the one that does not wait for the device."""
+        options = dict(name=self._experiment_name) | (message_hub or {})
+        hub = DeferredMessageHub.get_instance(**options)
+        MessageHub._instance_dict[hub.instance_name] = hub  # for get_current_instance()
+        return hub
+
     def setup_env(self, env_cfg: dict[str, Any]) -> None:
         """Set up processes; mmengine takes a GPU for granted, here they may be on CPUs."""
         on_cpus = self.distributed and not torch.cuda.is_available()
         if on_cpus and not torch.distributed.is_initialized():
+            if self._launcher == 'slurm':
+                _name_processes_of_slurm()
             torch.distributed.init_process_group('gloo')
             torch.set_num_threads(_count_cores(self._launcher))
         super().setup_env(env_cfg)
+
+    def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
+        """Wrap a model for several processes, unless ``train`` is to shard it."""
+        if self.distributed and not torch.cuda.is_available():
+            replace_sync_batch_norm(model)
+        if self.distributed and self.cfg.get('fsdp'):
+            return model.to(get_device())
+        return super().wrap_model(model_wrapper_cfg, model)
+
+    def save_checkpoint(self, *args: Any, **options: Any) -> None:
+        """Save a checkpoint; of a sharded model one file with whole tensors."""
+        with ExitStack() as stack:
+            if is_sharded(self.model):
+                stack.enter_context(gathered_state(self.model, self.optim_wrapper.optimizer))
+            super().save_checkpoint(*args, **options)
+
+    def resume(self, *args: Any, **options: Any) -> None:
+        """Resume from a file of any run, sharded or not."""
+        if is_sharded(self.model):
+            shard_optimizer_state(self.optim_wrapper.optimizer)
+        super().resume(*args, **options)
+
+    def _init_model_weights(self) -> None:
+        if not is_sharded(self.model):  # else done: whole tensors are what can be initialised
+            super()._init_model_weights()
 
     def train(self) -> nn.Module:
         """Train, if the data is there."""
         for dataset in find_datasets({'train_dataloader': self.cfg.get('train_dataloader')}):
             root = dataset.get('data_root')
-            if root and '://' not in root and not Path(root).exists():
+            if not root or '://' in root:
+                continue
+            shards = class_name(dataset) == 'ShardDataset'
+            if not Path(root).exists():
                 raise FileNotFoundError(
-                    f'no data at {Path(root).absolute()}: set settings.data_root to its folder'
+                    f'no data at {Path(root).absolute()}: set '
+                    f'settings.{"shards" if shards else "data_root"} to its folder'
                 )
+            if not shards and Path(root, INDEX_FILE).exists():
+                raise ValueError(f'{root} holds shards: set settings.shards to it, not data_root')
+        if self.distributed and self.cfg.get('fsdp'):
+            self._init_model_weights()
+            shard_model(self.model)
         return super().train()
 
 
@@ -72,10 +130,29 @@ def fit_config(cfg: Config) -> list[str]:
     remarks = _fit_loaders(cfg, launcher)
     if torch.cuda.is_available():
         cpu_batch_size = None
-    elif launcher != 'none':
-        wrapper = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
-        cfg.model_wrapper_cfg = wrapper
+    if launcher != 'none':
+        cfg.model_wrapper_cfg = wrapper_options(cfg)
+    if cfg.get('fsdp'):
+        check_sharding(cfg.model)
+        if launcher == 'none':
+            remarks.append('fsdp: one process, which shares with nobody')
     return remarks + fit_batch(cfg, count_processes(launcher), cpu_batch_size)
+
+
+def wrapper_options(cfg: Config) -> dict[str, Any]:
+    """Options of the wrapper for several processes, those of the config before ours."""
+    chosen = cfg.get('model_wrapper_cfg') or {}
+    if chosen.get('type', 'MMDistributedDataParallel') != 'MMDistributedDataParallel':
+        return chosen
+    wrapper = dict(
+        type='MMDistributedDataParallel',
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,  # no copy of the gradients
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
+    if not torch.cuda.is_available():
+        wrapper['device_ids'] = None
+    return wrapper | dict(chosen)
 
 
 def _check_schedules(cfg: Config) -> None:
@@ -88,6 +165,17 @@ def _check_schedules(cfg: Config) -> None:
                 f'{scheduler["type"]} of param_scheduler begins at epoch {begin}, but '
                 f'train_cfg.max_epochs is {epochs}: settings.epochs={epochs} shortens both'
             )
+
+
+def _name_processes_of_slurm() -> None:
+    """Tell torch what Slurm knows; mmengine does so on GPUs."""
+    names = dict(RANK='SLURM_PROCID', WORLD_SIZE='SLURM_NTASKS', LOCAL_RANK='SLURM_LOCALID')
+    os.environ.update({name: os.environ[source] for name, source in names.items()})
+    if 'MASTER_ADDR' not in os.environ:
+        command = ['scontrol', 'show', 'hostnames', os.environ['SLURM_NODELIST']]
+        hosts = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        os.environ['MASTER_ADDR'] = hosts.split()[0]
+    os.environ.setdefault('MASTER_PORT', '29500')
 
 
 def count_processes(launcher: str) -> int:

@@ -9,6 +9,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
+from cae_mm.engine.sharding import gathered_weights
 from cae_mm.evaluation.encoder import Encoder, read_size
 from cae_mm.evaluation.features import (
     check_same_classes,
@@ -84,8 +85,9 @@ class KNNHook(Hook):
         was_training = backbone.training
         backbone.eval()
         data: list[Tensor] = []
-        for images, rows in self.subsets:
-            data += self._extract(images, rows), torch.tensor(images.targets)[rows]
+        with gathered_weights(unwrap(runner.model)):
+            for images, rows in self.subsets:
+                data += self._extract(images, rows), torch.tensor(images.targets)[rows]
         backbone.train(was_training)
         accuracy = knn_accuracies(*(x.to(self.encoder.device) for x in data), ks=[self.k])[self.k]
         epoch = runner.epoch + 1

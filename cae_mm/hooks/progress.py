@@ -1,6 +1,7 @@
 """Progress of a training: a bar with ETA from the first step on, and images/s."""
 
 import sys
+import time
 from contextlib import ExitStack
 from typing import Any
 
@@ -26,6 +27,7 @@ class ProgressHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Open the bar, at the place where a resumed run goes on."""
         in_terminal = sys.stderr.isatty()
+        self.seconds = SECONDS if in_terminal else SECONDS_IN_FILE
         self.stack = ExitStack()
         if in_terminal:  # log lines go above the bar
             self.stack.enter_context(logging_redirect_tqdm([runner.logger]))
@@ -35,11 +37,12 @@ class ProgressHook(Hook):
                 total=runner.max_iters,
                 initial=runner.iter,
                 unit=' steps',
-                mininterval=SECONDS if in_terminal else SECONDS_IN_FILE,
+                mininterval=0,  # when it is painted is said below
                 miniters=1,
                 dynamic_ncols=in_terminal,
             )
         )
+        self.due = time.monotonic()
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict[str, Any], outputs: Any = None
@@ -52,14 +55,20 @@ class ProgressHook(Hook):
 
     @master_only
     def _move_bar(self, runner: Runner) -> None:
+        if time.monotonic() >= self.due:
+            self._paint(runner, runner.iter + 1)
+            self.due = time.monotonic() + self.seconds
+
+    def _paint(self, runner: Runner, steps: int) -> None:
+        """Paint the bar after so many steps; only then the loss is read from the device."""
         logged = runner.message_hub.log_scalars
         loss, speed = logged['train/loss'].mean(50), logged['train/images_per_s'].mean(50)
         self.bar.set_postfix_str(f'loss {loss:.3g}, {speed:.3g} images/s', refresh=False)
-        self.bar.update()
-        if self.bar.n == self.bar.initial + 1:
-            self.bar.refresh()
+        self.bar.update(steps - self.bar.n)
 
     @master_only
     def after_train(self, runner: Runner) -> None:
         """Leave the full bar on the screen."""
+        if self.bar.n < runner.iter:
+            self._paint(runner, runner.iter)
         self.stack.close()

@@ -12,6 +12,7 @@ from mmpretrain.models.heads import LinearClsHead
 from torch import Tensor, nn
 
 from cae_mm.models.blocks import CrossAttention, LayerNorm, at_least_float32, init_linear_and_norm
+from cae_mm.models.sync_batch_norm import SyncBatchNorm
 from cae_mm.registry import MODELS
 
 INIT = dict(type='TruncNormal', layer='Linear', std=0.01)  # MAE's, which the official probe takes
@@ -21,8 +22,9 @@ INIT = dict(type='TruncNormal', layer='Linear', std=0.01)  # MAE's, which the of
 class LinearProbeHead(LinearClsHead):
     """BatchNorm without affine parameters, then a linear layer.
 
-    In training it normalises with the statistics of the batch, in evaluation with their running
-    means, so that no image's prediction depends on the others of its batch.
+    In training it normalises with the statistics of the step's images on all processes (MAE's
+    code: of each process), in evaluation with their running means, so that no image's prediction
+    depends on the others of its batch.
 
     Args:
         num_classes: Number of classes.
@@ -33,7 +35,7 @@ class LinearProbeHead(LinearClsHead):
     def __init__(self, *, num_classes: int, in_channels: int, **options: Any) -> None:
         defaults = dict(loss=dict(type='mmpretrain.CrossEntropyLoss'), init_cfg=INIT)
         super().__init__(num_classes, in_channels, **(defaults | options))
-        self.norm = nn.BatchNorm1d(in_channels, affine=False, eps=1e-6)
+        self.norm = SyncBatchNorm(in_channels, affine=False, eps=1e-6)
 
     def pre_logits(self, feats: tuple[Tensor, ...]) -> Tensor:
         """Normalise the last of ``feats``, shape (B, D), in float32 at least."""

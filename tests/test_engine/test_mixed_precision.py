@@ -83,6 +83,26 @@ def test_one_part_of_a_model():
     assert not torch.equal(model(x)[0], inner)  # nothing stays behind
 
 
+def test_one_part_of_a_wrapped_model(tmp_path):
+    """The parts are those of the model inside the wrapper; its gradients are reduced."""
+    rendezvous = f'file://{tmp_path}/rendezvous'
+    torch.distributed.init_process_group('gloo', init_method=rendezvous, rank=0, world_size=1)
+    try:
+        model, x = Parts(), torch.tensor([[1.0, 0.3]])
+        wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        wrapper = build(wrapped, dtype='bfloat16', modules=['backbone'])
+        with wrapper.optim_context(wrapped):
+            inner, outer = wrapped(x)
+        outer.sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        (expected,) = model.backbone(x)
+    assert inner.dtype == outer.dtype == torch.float32
+    assert torch.equal(inner, expected.float()) and torch.equal(outer, model.head(inner))
+    assert model.backbone.weight.grad.any()
+
+
 def test_one_part_that_fails():
     model = Parts()
     wrapper = build(model, dtype='bfloat16', modules=['backbone'])

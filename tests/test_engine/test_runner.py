@@ -1,5 +1,7 @@
 """A config fits itself to its machine, and stays the recipe that it was."""
 
+import json
+import math
 from copy import deepcopy
 from pathlib import Path
 
@@ -8,9 +10,13 @@ import torch
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, RUNNERS
+from mmengine.runner import IterBasedTrainLoop, Runner
+from mmpretrain.structures import DataSample
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cae_mm.engine import CAERunner
+from cae_mm.engine.message_hub import read_scalars
 from cae_mm.engine.runner import count_processes, fit_batch, fit_config
 
 ROOT = Path(__file__).parent.parent.parent / 'configs'
@@ -25,7 +31,7 @@ class RunnerToy(BaseModel):
         super().__init__()
         self.linear = torch.nn.Linear(2, 1, bias=False)
 
-    def forward(self, inputs, mode='tensor'):
+    def forward(self, inputs, data_samples, mode='tensor'):
         return dict(loss=self.linear(torch.stack(inputs)).square().mean())
 
 
@@ -35,7 +41,7 @@ class RunnerToyData(torch.utils.data.Dataset):
         return 10
 
     def __getitem__(self, index):
-        return dict(inputs=torch.full((2,), index / 10))
+        return dict(inputs=torch.full((2,), index / 10), data_samples=DataSample())
 
 
 def toy(**changes):
@@ -235,6 +241,68 @@ def test_run_and_a_run_of_what_it_dumped(tmp_path):
         assert again.cfg[name] == dumped[name]
 
 
+class Reads(TorchDispatchMode):
+    """Counts the numbers that the host reads from the device one by one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_host_waits_for_the_device_when_a_line_is_due_only(tmp_path, monkeypatch):
+    """The lines are those of mmengine's own way, which reads each number of each step."""
+    monkeypatch.setattr('cae_mm.hooks.progress.SECONDS_IN_FILE', math.inf)
+    lines, reads = [], []
+    for build in (Runner.build_message_hub, CAERunner.build_message_hub):
+        monkeypatch.setattr(CAERunner, 'build_message_hub', build)
+        cfg = toy(
+            work_dir=str(tmp_path / str(len(lines))),
+            train_cfg=dict(type='IterBasedTrainLoop', max_iters=7),
+            custom_hooks=[dict(type=f'cae_mm.{x}Hook') for x in ('NonFiniteLoss', 'Progress')],
+            log_processor=dict(by_epoch=False, window_size=3),
+        )
+        cfg.auto_scale_lr.base_batch_size = 2
+        cfg.default_hooks.logger = dict(type='LoggerHook', interval=3)
+        cfg.optim_wrapper.update(
+            dtype='bfloat16', optimizer=dict(type='AdamW', fused=True), clip_grad=dict(max_norm=1.0)
+        )
+        runner = RUNNERS.build(cfg)
+        for module in ('engine.message_hub', 'hooks.training'):
+
+            def spy(tensors, iteration=lambda: runner.iter):
+                if tensors:
+                    reads.append((iteration() + 1, len(tensors)))
+                return read_scalars(tensors)
+
+            monkeypatch.setattr(f'cae_mm.{module}.read_scalars', spy)
+        one_by_one, run_iter = Reads(), IterBasedTrainLoop.run_iter
+
+        def run_and_count(loop, batch, run=run_iter, count=one_by_one):
+            with count:
+                run(loop, batch)
+
+        monkeypatch.setattr(IterBasedTrainLoop, 'run_iter', run_and_count)
+        runner.train()
+        monkeypatch.setattr(IterBasedTrainLoop, 'run_iter', run_iter)
+        assert one_by_one.count == (0 if lines else 7 * 2)  # two numbers in each step
+        text = next((tmp_path / str(len(lines))).glob('*/vis_data/scalars.json')).read_text()
+        lines.append([json.loads(line) for line in text.splitlines()])
+        if len(lines) == 1:
+            reads.clear()
+    assert len(lines[0]) == 2 and {'loss', 'grad_norm', 'lr', 'images_per_s'} <= lines[0][0].keys()
+    for line in lines[0] + lines[1]:
+        for key in ('time', 'data_time', 'images_per_s'):
+            del line[key]
+    assert lines[0] == lines[1]
+    # loss and norm of each step, once for the guard and once for bar, line or checkpoint; nothing
+    # is logged at an epoch's end, the fifth step
+    guard = [(2, 4), (3, 2), (4, 2), (5, 2), (6, 2), (7, 2)]
+    log = [(1, 2), (2, 2), (3, 2), (4, 2), (6, 4), (7, 2)]
+    assert sorted(reads) == sorted(guard + log)
+
+
 def test_schedule_that_begins_after_the_end_names_the_way_out():
     late = dict(type='CosineAnnealingLR', by_epoch=True, begin=10)
     cfg = toy(train_cfg=dict(by_epoch=True, max_epochs=2), param_scheduler=[late])
@@ -245,8 +313,20 @@ def test_schedule_that_begins_after_the_end_names_the_way_out():
         fit_config(cfg)
 
 
-def test_missing_data_is_named_before_anything_is_trained(tmp_path):
-    cfg = toy(work_dir=str(tmp_path))
-    cfg.train_dataloader.dataset.data_root = str(tmp_path / 'absent')
-    with pytest.raises(FileNotFoundError, match='no data at .*absent: set settings.data_root'):
+@pytest.mark.parametrize(
+    ('dataset', 'setting'), [('RunnerToyData', 'data_root'), ('cae_mm.ShardDataset', 'shards')]
+)
+def test_missing_data_is_named_before_anything_is_trained(tmp_path, dataset, setting):
+    cfg = toy(work_dir=str(tmp_path), experiment_name=tmp_path.name)
+    cfg.train_dataloader.dataset = dict(type=dataset, data_root=str(tmp_path / 'absent'))
+    with pytest.raises(FileNotFoundError, match=f'no data at .*absent: set settings.{setting} to'):
+        CAERunner.from_cfg(cfg).train()
+
+
+def test_shards_that_are_taken_for_files_are_named(tmp_path):
+    (tmp_path / 'index.npz').touch()
+    cfg = toy(work_dir=str(tmp_path), experiment_name=tmp_path.name)
+    cfg.train_dataloader.dataset.data_root = str(tmp_path)
+    message = f'{tmp_path} holds shards: set settings.shards to it, not data_root'
+    with pytest.raises(ValueError, match=message):
         CAERunner.from_cfg(cfg).train()

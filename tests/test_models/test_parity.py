@@ -4,13 +4,14 @@ import mmpretrain.models  # noqa: F401  registers mmpretrain's CAE
 import pytest
 import torch
 from builders import cae_config, equal
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, DefaultScope
 from mmpretrain.structures import DataSample
 
 WIDTH, HEADS, DEPTH, VOCAB, GRID = 32, 4, 3, 512, 4
 MASKED = 7
 
 
+@DefaultScope.overwrite_default_scope('mmpretrain')
 def build_theirs() -> torch.nn.Module:
     model = MODELS.build(
         dict(

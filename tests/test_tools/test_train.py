@@ -171,6 +171,92 @@ def test_torchrun_on_two_cpu_processes(options, tmp_path):
     assert (tmp_path / 'epoch_4.pth').exists()
 
 
+def test_two_nodes_make_one_run(options, tmp_path):
+    """The command of docs/scaling.md on two nodes, both of them this machine."""
+    port = 20000 + os.getpid() % 20000
+    command = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--nnodes', '2']
+    command += ['--nproc-per-node', '1', '--rdzv-backend', 'c10d', '--rdzv-id', 'test']
+    command += ['--rdzv-endpoint', f'127.0.0.1:{port}', '--local-addr', '127.0.0.1']
+    nodes = [
+        subprocess.Popen(
+            [*command, '--node-rank', str(rank), str(ROOT / 'tools/train.py'), CONFIG]
+            + ['--launcher', 'pytorch', '--work-dir', str(tmp_path), *options],
+            cwd=ROOT,
+            env=os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [node.communicate()[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], '\n'.join(outputs)
+    assert len(losses(tmp_path)) == 4  # epochs; 6 images are one batch of 2 for each node
+    assert [path.name for path in tmp_path.glob('epoch_4*')] == ['epoch_4.pth']
+    assert sum('images_per_s' in output for output in outputs) == 1  # one of them logs
+
+
+# runs the command as the tasks of two nodes with one GPU each, and keeps the options before it
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == -* ]]; do echo "$1" >> "$SRUN_LOG"; shift; done
+export SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=1 SLURM_NODELIST='node[1-2]' SLURM_LOCALID=0
+SLURM_PROCID=1 "$@" & SLURM_PROCID=0 "$@" && wait $!
+"""
+SCONTROL = (
+    '#!/usr/bin/env bash\n[[ $* == "show hostnames node[1-2]" ]] && printf "127.0.0.1\nnode2\n"\n'
+)
+
+
+def test_slurm_script_trains_on_two_nodes(options, tmp_path):
+    """Paths and options with blanks arrive whole."""
+    for name, text in (('srun', SRUN), ('scontrol', SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    work_dir = tmp_path / 'my run'
+    environment = dict(
+        PATH=f'{tmp_path}:{os.environ["PATH"]}',
+        SRUN_LOG=str(tmp_path / 'log'),
+        SRUN_ARGS='--time=1:00:00 --exclusive',
+        PYTHON=sys.executable,
+        PYTHONWARNINGS='ignore',
+        OMP_NUM_THREADS='1',
+        GPUS='2',
+        GPUS_PER_NODE='1',
+        MASTER_PORT=str(20000 + os.getpid() % 20000),
+    )
+    result = subprocess.run(
+        [ROOT / 'tools/slurm_train.sh', 'gpu', 'a run', CONFIG, '--work-dir', work_dir, *options],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(losses(work_dir)) == 4 and (work_dir / 'epoch_4.pth').exists()
+    assert (tmp_path / 'log').read_text().splitlines() == [
+        *('--partition=gpu', '--job-name=a run', '--gres=gpu:1', '--ntasks=2'),
+        *('--ntasks-per-node=1', '--cpus-per-task=5', '--kill-on-bad-exit=1'),
+        *('--time=1:00:00', '--exclusive'),
+    ]
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'gpus', 'message'),
+    [
+        (['gpu', 'name'], '8', 'usage: [GPUS=16] '),
+        (['gpu', 'name', CONFIG], '12', 'GPUS=12 is no multiple of GPUS_PER_NODE=8'),
+    ],
+)
+def test_slurm_script_says_what_is_wrong(arguments, gpus, message):
+    result = subprocess.run(
+        [ROOT / 'tools/slurm_train.sh', *arguments],
+        env=os.environ | {'GPUS': gpus},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2 and message in result.stderr
+
+
 def test_missing_config_and_missing_weights_are_named(tmp_path, options):
     result = run('train.py', 'configs/none.py')
     assert result.returncode == 1 and 'no config at' in result.stderr
