@@ -18,6 +18,7 @@ LAYERS = [
     {'engine', 'evaluation'},
     {'hooks', 'conversion', 'visualization'},
     {'doctor'},
+    {'plan'},
 ]
 HEIGHTS = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 

@@ -5,7 +5,7 @@ The model is on the meta device: it has shapes but no memory, and nothing is com
 
 from collections.abc import Iterator
 from copy import deepcopy
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -46,14 +46,14 @@ def check_build(case: Case) -> Iterator[Finding]:
 
 def check_batch(case: Case) -> Iterator[Finding]:
     """Make a batch with the training pipeline, and compute the losses of its shapes."""
-    key = next((key for key in case.datasets if key.startswith('train_dataloader')), None)
-    steps = [step for k, step in case.transforms.items() if k.startswith(f'{key}.pipeline.')]
-    if key is None or any(isinstance(step, Exception) for step in steps):
+    key = find_training_key(case)
+    if key is None or any(isinstance(step, Exception) for step in find_steps(case, key)):
         return
     dataset = open_training_data(case, key)
     if dataset is not None:
         yield from check_count(case, key, dataset)
-    error = case.attempt(_run, case, key, steps, dataset)
+    size = min(case.get('train_dataloader.batch_size', 2), 2)
+    error = case.attempt(_run, case, key, dataset, size)
     if isinstance(error, NotImplementedError) or 'meta tensor' in str(error):
         text = 'what follows depends on values, and was not tried: nothing is computed here'
         yield Finding('note', failure(case, 'model', error).key, text, 'start the run to see more')
@@ -61,17 +61,46 @@ def check_batch(case: Case) -> Iterator[Finding]:
         yield failure(case, 'train_dataloader', error)
 
 
-def _run(case: Case, key: str, steps: list[Any], dataset: Any) -> None:
+def find_training_key(case: Case) -> str | None:
+    """Key of the dataset of training, the first where there are several."""
+    return next((key for key in case.datasets if key.startswith('train_dataloader')), None)
+
+
+def find_steps(case: Case, key: str) -> list[Any]:
+    """The transforms of the dataset at ``key``, or exceptions, in their order."""
+    return [step for k, step in case.transforms.items() if k.startswith(f'{key}.pipeline.')]
+
+
+def make_samples(case: Case, key: str, dataset: Any, size: int) -> list[dict[str, Any]]:
+    """Load and transform ``size`` samples, of MAX_TRIED images at most.
+
+    Args:
+        case: Its transforms can be built.
+        key: Of the dataset.
+        dataset: What ``open_training_data`` returns: None for an image of noise.
+        size: Of the batch.
+    """
     with TemporaryDirectory() as folder:
         samples = [make_sample(Path(folder))] * MAX_TRIED
         if isinstance(dataset, BaseDataset) and len(dataset):
             samples = [dataset.get_data_info(i % len(dataset)) for i in range(MAX_TRIED)]
-        results = (Compose(steps)(deepcopy(sample)) for sample in samples)
+        results = (Compose(find_steps(case, key))(deepcopy(sample)) for sample in samples)
         usable = (result for result in results if result is not None)  # or the Runner draws others
-        batch = list(islice(usable, min(case.get('train_dataloader.batch_size', 2), 2)))
+        batch = list(islice(usable, size))
     if not batch:
         raise ValueError(f'{key}.pipeline can use none of the first {MAX_TRIED} images')
-    if case.model is not None:
-        collate: Any = FUNCTIONS.get(case.get('train_dataloader.collate_fn.type', 'pseudo_collate'))
-        data = case.model.data_preprocessor(collate(batch), True)
-        case.model._run_forward(data, mode='loss')
+    return list(islice(cycle(batch), size))
+
+
+def make_batch(case: Case, key: str, dataset: Any, size: int) -> dict[str, Any]:
+    """Collate what ``make_samples`` returns, as the loader of training would."""
+    collate: Any = FUNCTIONS.get(case.get('train_dataloader.collate_fn.type', 'pseudo_collate'))
+    return collate(make_samples(case, key, dataset, size))
+
+
+def _run(case: Case, key: str, dataset: Any, size: int) -> None:
+    if case.model is None:
+        make_samples(case, key, dataset, size)
+        return
+    data = case.model.data_preprocessor(make_batch(case, key, dataset, size), True)
+    case.model._run_forward(data, mode='loss')

@@ -1,0 +1,1 @@
+"""What a run is going to take, before it starts: ``python tools/plan.py CONFIG``."""
