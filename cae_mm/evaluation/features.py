@@ -99,7 +99,7 @@ def _load_with_threads(
 ) -> Iterator[Tensor]:
     """Read with all cores while the encoder does not need them: sharing them slows down both.
 
-    Threads will do, as Pillow decodes and resizes without Python's lock.
+    Threads will do, as images are decoded and resized without Python's lock.
     """
     with ThreadPoolExecutor(num_workers or joblib.cpu_count()) as pool:
         for start in range(0, len(rows), batch_size):
