@@ -134,7 +134,7 @@ class RecordLosses(Hook):
 
 
 def run_config(kind: str, work_dir: Path, processes: int, **changes: Any) -> Config:
-    """Three epochs of two updates with six images each, gathered over ``gathered`` steps."""
+    """Two epochs of two updates with six images each, gathered over ``gathered`` steps."""
     gathered = changes.pop('gathered', 1)
     optimizer = dict(type='AdamW', lr=1e-2, weight_decay=0.05)
     if kind in ('linear', 'attentive'):
@@ -154,7 +154,7 @@ def run_config(kind: str, work_dir: Path, processes: int, **changes: Any) -> Con
             clip_grad=dict(max_norm=1.0),
             accumulative_counts=gathered,
         ),
-        train_cfg=dict(by_epoch=True, max_epochs=3),
+        train_cfg=dict(by_epoch=True, max_epochs=2),
         default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)),
         custom_hooks=[
             dict(type='cae_mm.SafeLoadHook'),
@@ -176,6 +176,7 @@ def train(kind: str, work_dir: Path, processes: int = 1, **changes: Any) -> CAER
     """Train, and return the runner, with the ``losses`` of this process."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
+    Config.pretty_text, pretty_text = property(repr), Config.pretty_text  # yapf takes seconds
     try:
         runner = CAERunner.from_cfg(run_config(kind, work_dir, processes, **changes))
         runner.reduced = []
@@ -184,6 +185,7 @@ def train(kind: str, work_dir: Path, processes: int = 1, **changes: Any) -> CAER
         runner.train()
     finally:
         torch.set_default_dtype(default)
+        Config.pretty_text = pretty_text
     [runner.losses] = [hook.losses for hook in runner.hooks if isinstance(hook, RecordLosses)]
     return runner
 

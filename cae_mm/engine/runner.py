@@ -12,6 +12,7 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import MessageHub
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
@@ -25,6 +26,7 @@ from cae_mm.engine.sharding import (
     shard_model,
     shard_optimizer_state,
 )
+from cae_mm.models.cae import CAE
 from cae_mm.models.sync_batch_norm import replace_sync_batch_norm
 from cae_mm.registry import RUNNERS
 
@@ -96,6 +98,16 @@ class CAERunner(Runner):
     def _init_model_weights(self) -> None:
         if not is_sharded(self.model):  # else done: whole tensors are what can be initialised
             super()._init_model_weights()
+
+    def _maybe_compile(self, target: str) -> None:
+        """Compile what a CAE says of its step; of other models all of it, as mmengine does."""
+        model: Any = self.model.module if is_model_wrapper(self.model) else self.model
+        options = self.cfg.get('compile')
+        if options and isinstance(model, CAE):
+            model.compile(**({} if options is True else options))
+            self.logger.info('the step is compiled: the first takes minutes')
+        else:
+            super()._maybe_compile(target)
 
     def train(self) -> nn.Module:
         """Train, if the data is there."""

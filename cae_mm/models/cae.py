@@ -82,6 +82,20 @@ class CAE(BaseSelfSupervisor):
             self.teacher = deepcopy(self.backbone).requires_grad_(False)
             self.teacher.positions = self.backbone.positions  # which loading may change
 
+    def compile(self, **options: Any) -> None:
+        """Compile the tensor operations of a training step for one size of batch.
+
+        Names in the state dict stay as they are. Another size of batch is compiled when it comes.
+
+        Args:
+            options: Of ``torch.compile``, before ours: ``dynamic=False`` and ``fullgraph=True``.
+        """
+        device = self.backbone.cls_token.device
+        for positions in (self.backbone.positions, self.neck.positions):
+            positions(self.backbone.grid, device)  # a table made later would be a recompilation
+        options = dict(dynamic=False, fullgraph=True) | options
+        self._losses = torch.compile(self._losses, **options)  # type: ignore[method-assign]
+
     def init_weights(self) -> None:
         """Initialise all parts; an EMA teacher starts as a copy of the encoder."""
         super().init_weights()
@@ -120,9 +134,16 @@ class CAE(BaseSelfSupervisor):
             )
         mask = torch.stack([sample.mask for sample in data_samples]).flatten(1).bool()  # [B, N]
         grid, ids_v, ids_m = self._split(images, mask)
+        return self._losses(inputs, ids_v, ids_m, grid)
+
+    def _losses(
+        self, inputs: Sequence[Tensor], ids_v: Tensor, ids_m: Tensor, grid: Grid
+    ) -> dict[str, Tensor]:
+        """All of ``loss`` that the device does, which is what ``compile`` compiles."""
         if self.complementary_masks:
             return self._loss_of_both(inputs, ids_v, ids_m, grid)
 
+        images = inputs[0]
         with torch.no_grad():  # before the rest: no activations are held yet, the peak is lower
             y_target = self.make_target(inputs, ids_m, grid)  # [B, M] or [B, M, K]
         z_v = self.encode(images, ids_v)  # [B, V, D]

@@ -16,7 +16,7 @@ from cae_mm.engine.runner import fit_config, wrapper_options
 
 KINDS = [kind for kind in MODELS_TO_TRAIN if kind != 'upernet' or find_spec('mmseg')]
 MODES = ['ddp', 'fsdp'] if sharding.fully_shard else ['ddp']
-RUNS = [(kind, mode) for kind in KINDS for mode in MODES]
+RUNS = [(kind, mode) for kind in KINDS for mode in MODES if (kind, mode) != ('recomputed', 'ddp')]
 
 
 @pytest.fixture(scope='module')
@@ -36,7 +36,7 @@ def together(folder, alone):
     return in_two_processes(train_all, folder, RUNS)
 
 
-def files(folder: Path, kind: str, mode: str, epoch: int = 3):
+def files(folder: Path, kind: str, mode: str, epoch: int = 2):
     names = (kind, f'{kind}-{mode}')
     return [torch.load(folder / name / f'epoch_{epoch}.pth', weights_only=False) for name in names]
 
@@ -45,7 +45,7 @@ def files(folder: Path, kind: str, mode: str, epoch: int = 3):
 def test_losses_are_those_of_one_process(kind, mode, alone, together):
     losses = [process[kind, mode]['losses'] for process in together]
     mean = [sum(both) / 2 for both in zip(*losses, strict=True)]
-    assert len(alone[kind]) == 6 and alone[kind][-1] < alone[kind][0]
+    assert len(alone[kind]) == 4 and alone[kind][-1] < alone[kind][0]
     assert mean == pytest.approx(alone[kind], rel=1e-9)
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)  # each saw images of its own
 
@@ -67,7 +67,7 @@ def test_one_file_with_whole_tensors(kind, mode, folder, together):
         for name, value in state.items():
             close(states[i][name], value, 1e-7)
     assert file['meta'][KEY] == expected['meta'][KEY]
-    safely = read_checkpoint(folder / f'{kind}-{mode}/epoch_3.pth')  # no pickle of torch's shards
+    safely = read_checkpoint(folder / f'{kind}-{mode}/epoch_2.pth')  # no pickle of torch's shards
     assert safely.state.keys() == expected['state_dict'].keys()
 
 
@@ -104,13 +104,13 @@ def test_runs_go_on_sharded_or_not(folder, alone, together):
 def test_gradients_are_reduced_only_before_updates(together):
     """Three steps of one image on each process for an update."""
     first, second = (process['gathered'] for process in together)
-    assert first['reduced'] == second['reduced'] == [2, 5, 8, 11, 14, 17]
-    assert len(first['losses']) == 18
+    assert first['reduced'] == second['reduced'] == [2, 5, 8, 11]
+    assert len(first['losses']) == 12
 
 
 def test_gathered_steps_are_those_of_one_process(folder, together):
     whole, file = (
-        torch.load(folder / name / 'epoch_3.pth', weights_only=False)['state_dict']
+        torch.load(folder / name / 'epoch_2.pth', weights_only=False)['state_dict']
         for name in ('cae', 'gathered')
     )
     for name, value in whole.items():
