@@ -15,6 +15,10 @@ import cae_mm.registry  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 PATCH, GRID, WIDTH, VOCAB = 4, (4, 4), 16, 32
+SHALLOW = dict(
+    backbone=dict(arch=dict(embed_dims=WIDTH, depth=1, num_heads=2, layer_scale=0.1)),
+    neck=dict(regressor_depth=1),
+)
 
 
 def cae_config(**changes: Any) -> dict[str, Any]:
@@ -75,6 +79,19 @@ def make_batch(
     return views, [DataSample(mask=mask) for mask in masks]
 
 
+def take_step(
+    model: torch.nn.Module, views: Any, masks: Any, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Losses and gradients."""
+    model.zero_grad()
+    samples = [DataSample(mask=mask) for mask in masks]
+    with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+        losses = model(views, samples, mode='loss')
+    (losses['loss_main'] + losses['loss_align']).backward()
+    gradients = {name: param.grad for name, param in model.named_parameters()}
+    return losses, {name: grad for name, grad in gradients.items() if grad is not None}
+
+
 def equal(a: Any, b: Any) -> None:
     """Assert that tensors are the same bit for bit."""
     torch.testing.assert_close(a, b, rtol=0, atol=0)
@@ -112,3 +129,24 @@ def run_tool(name: str, *arguments: Any) -> None:
         runpy.run_path(tool, run_name='__main__')
     finally:
         sys.argv = argv
+
+
+def assert_same_steps(
+    one: torch.nn.Module,
+    other: torch.nn.Module,
+    views: Any,
+    masks: Any,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Losses and gradients to 1e-5 of the largest value of each; bfloat16 rounds elsewhere.
+
+    The gradient of ``norm_k.bias`` is nothing but rounding: a softmax does not see it.
+    """
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    results = [take_step(model, views, masks, dtype) for model in (one, other)]
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.keys() == theirs.keys()
+        least = 1e-3 * max(value.abs().max() for value in theirs.values())
+        for name, value in theirs.items():
+            scale = value.abs().max().clamp(min=least)
+            torch.testing.assert_close(ours[name] / scale, value / scale, rtol=0, atol=tolerance)

@@ -3,16 +3,11 @@
 import pytest
 import torch
 import torch._dynamo
-from builders import WIDTH, build_cae, make_batch
-from mmpretrain.structures import DataSample
+from builders import SHALLOW, assert_same_steps, build_cae, make_batch
 from torch._dynamo.utils import counters
 from two_processes import train
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')  # of torch by torch
-SMALL = dict(
-    backbone=dict(arch=dict(embed_dims=WIDTH, depth=1, num_heads=2, layer_scale=0.1)),
-    neck=dict(regressor_depth=1),
-)
 
 
 @pytest.fixture(autouse=True)
@@ -23,28 +18,6 @@ def compiler(tmp_path, monkeypatch):
     counters.clear()
     yield
     torch._dynamo.reset()
-
-
-def step(model, views, masks, dtype=torch.float32):
-    """Losses and gradients."""
-    model.zero_grad()
-    samples = [DataSample(mask=mask) for mask in masks]
-    with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
-        losses = model(views, samples, mode='loss')
-    (losses['loss_main'] + losses['loss_align']).backward()
-    gradients = {name: param.grad for name, param in model.named_parameters()}
-    return losses, {name: grad for name, grad in gradients.items() if grad is not None}
-
-
-def assert_same_steps(compiled, eager, views, masks, dtype=torch.float32):
-    """Losses and gradients to 1e-5 of the largest value of each; bfloat16 rounds elsewhere."""
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    results = [step(model, views, masks, dtype) for model in (compiled, eager)]
-    for one, other in zip(*results, strict=True):
-        assert one.keys() == other.keys()
-        for name, value in other.items():
-            scale = value.abs().max().clamp(min=1e-6)
-            torch.testing.assert_close(one[name] / scale, value / scale, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +31,7 @@ def assert_same_steps(compiled, eager, views, masks, dtype=torch.float32):
 )
 def test_steps_are_compiled_once_and_whole(changes, dtype):
     """Other masks change nothing; a last, smaller batch is compiled when it comes."""
-    compiled, eager = (build_cae(**SMALL, **changes).train() for _ in range(2))
+    compiled, eager = (build_cae(**SHALLOW, **changes).train() for _ in range(2))
     names = list(compiled.state_dict())
     compiled.compile(backend='aot_eager')
     views, samples = make_batch()
