@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,18 +103,20 @@ class StackSamples(BaseDataPreprocessor):
 
 @DATASETS.register_module()
 class FixedSamples(Dataset):
-    """Float64 images with masks, classes and maps of classes."""
+    """Float64 images with masks, classes and maps of classes; those of ``broken`` are NaN."""
 
-    def __init__(self, views: int) -> None:
+    def __init__(self, views: int, broken: Sequence[int] = ()) -> None:
         self.views = views
         inputs, self.samples = make_batch(IMAGES)
         self.images = [view.double() for view in inputs]
+        self.images[0][list(broken)] = torch.nan
 
     def __len__(self) -> int:
         return IMAGES
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = DataSample(mask=self.samples[index].mask).set_gt_label(index % CLASSES)
+        sample.set_metainfo(dict(img_path=f'{index}.png'))
         labels = self.images[0][index].argmax(0, keepdim=True)  # [1, H, W]
         sample.set_field(PixelData(data=labels), 'gt_sem_seg', dtype=PixelData)
         views = tuple(view[index] for view in self.images)
@@ -190,6 +192,17 @@ def train(kind: str, work_dir: Path, processes: int = 1, **changes: Any) -> CAER
     return runner
 
 
+def train_faulty(work_dir: Path, processes: int = 1, broken: int = 7, **changes: Any) -> CAERunner:
+    """Train a CAE with its guard; the batch of the image ``broken`` has no finite loss."""
+    cfg = run_config('cae', work_dir, processes)
+    cfg.train_dataloader.dataset.broken = [broken]
+    cfg.optim_wrapper.optimizer.fused = True
+    guard = dict(type='cae_mm.NumericalFaultHook') | changes.pop('guard', {})
+    cfg.custom_hooks.append(guard)
+    same = {key: cfg[key] for key in ('train_dataloader', 'optim_wrapper', 'custom_hooks')}
+    return train('cae', work_dir, processes, **same, **changes)
+
+
 def reduce_and_record(runner: CAERunner, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """What DDP does with a bucket of gradients; keep in which iteration."""
     runner.reduced.append(runner.iter)
@@ -224,6 +237,9 @@ def train_all(folder: Path, runs: list[tuple[str, str]]) -> dict[Any, dict[str, 
         options = dict(settings=dict(fsdp=True), resume=True, load_from=file)
         results['resumed'] = report(train('cae', folder / 'resumed', 2, **options))
     results['gathered'] = report(train('cae', folder / 'gathered', 2, gathered=3))
+    for mode in dict.fromkeys(mode for _, mode in runs):
+        options = dict(settings=dict(fsdp=mode == 'fsdp'))
+        results['faulty', mode] = report(train_faulty(folder / f'faulty-{mode}', 2, **options))
     return results
 
 

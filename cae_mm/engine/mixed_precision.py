@@ -10,7 +10,10 @@ from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import clip_grad_norm_
 
+from cae_mm.engine.optim import LARS
 from cae_mm.precision import Precision, choose_precision
 from cae_mm.registry import OPTIM_WRAPPERS
 
@@ -21,6 +24,13 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
 
     mmengine's ``AmpOptimWrapper`` wants a GPU and asks nobody whether it has the format. A
     checkpoint resumes on a machine with another format.
+
+    An update by gradients that are not finite is skipped: parameters and states of the optimizer
+    stay as they are. With gathering this concerns all of its batches, and with several processes
+    all of them, since the sum of the gradients carries such a number everywhere; a loss that is
+    not finite makes its gradients so. Fused Adam and AdamW, and ``LARS``, skip on the device; with
+    other optimizers the host waits for the norm of the gradients. Running statistics of BatchNorm
+    that a batch made non-finite become again what they were before it.
 
     Args:
         optimizer: See ``OptimWrapper``, as for ``options``.
@@ -33,7 +43,8 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
     # batches of an epoch, if gathering is to end with it (set by ``EpochSeedHook``): nothing is
     # then pending when a checkpoint is written
     epoch_length: int | None = None
-    # norm of the gradients on the device, before clipping; None where the last batch was no update
+    # norm of the gradients on the device, before clipping, the same on all processes; None where
+    # the last batch was no update
     grad_norm: Tensor | None = None
 
     def __init__(
@@ -58,6 +69,7 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """Enter autocast, and skip gradient synchronisation while accumulating."""
         with super().optim_context(model), ExitStack() as stack:
+            stack.enter_context(_keep_statistics_finite(model))
             if self.modules is None:
                 stack.enter_context(self.precision.autocast(self.device_type))
             inner: Any = model.module if is_model_wrapper(model) else model
@@ -67,26 +79,47 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
             yield
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """Add the gradients of ``loss``."""
+        """Add the gradients of ``loss``; if it is not finite, none of them is."""
         self.grad_norm = None
-        super().backward(self.loss_scaler.scale(loss), **kwargs)
+        scaled = self.loss_scaler.scale(loss)
+        gradient = torch.ones_like(scaled).masked_fill_(~loss.detach().isfinite(), torch.nan)
+        super().backward(scaled, gradient=gradient, **kwargs)
 
     def step(self, **kwargs: Any) -> None:
-        """Update the parameters, unless scaled gradients overflowed."""
-        if self.clip_grad_kwargs:
-            self.loss_scaler.unscale_(self.optimizer)
-            self._clip_grad()
-        self.loss_scaler.step(self.optimizer, **kwargs)
-        self.loss_scaler.update()
+        """Update the parameters, unless a gradient is not finite."""
+        self.loss_scaler.unscale_(self.optimizer)
+        self._clip_grad()
+        if self.loss_scaler.is_enabled():
+            self.loss_scaler.step(self.optimizer, **kwargs)
+            self.loss_scaler.update()
+        else:
+            self._step_if_finite(**kwargs)
 
     def _clip_grad(self) -> None:
-        """Clip, and log the norm as a tensor: mmengine's waits for it."""
+        """Take the norm of the gradients, log it as a tensor (mmengine waits for it), and clip."""
         groups = self.optimizer.param_groups
         params = [x for group in groups for x in group['params'] if x.grad is not None]
-        norm = self.clip_func(params, **self.clip_grad_kwargs)
+        by_norm = self.clip_grad_kwargs and self.clip_func is clip_grad_norm_
+        norm: Any = None if by_norm else _norm([x.grad for x in params])
+        if self.clip_grad_kwargs:
+            clipped = self.clip_func(params, **self.clip_grad_kwargs)
+            norm = clipped if by_norm else norm
         self.grad_norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm  # if sharded
-        if self.grad_norm is not None:
-            self.message_hub.update_scalar(f'train/{self.grad_name}', self.grad_norm)
+        self.message_hub.update_scalar('train/grad_norm', self.grad_norm)
+
+    def _step_if_finite(self, **kwargs: Any) -> None:
+        optimizer: Any = self.optimizer
+        norm: Any = self.grad_norm
+        finite = norm.isfinite()
+        if not _skips_on_device(optimizer):
+            if finite:
+                optimizer.step(**kwargs)
+            return
+        optimizer.found_inf = 1.0 - finite.float()
+        try:
+            optimizer.step(**kwargs)
+        finally:
+            del optimizer.found_inf
 
     def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
         """Start counting batches; schedules may step before the first update."""
@@ -150,3 +183,33 @@ def _autocast_inside(module: nn.Module, precision: Precision, device_type: str) 
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+
+
+def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``step`` does nothing where ``found_inf`` is 1.
+
+    Fused SGD would begin with a momentum from unset memory if its first step were skipped.
+    """
+    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        return all(group['fused'] for group in optimizer.param_groups)
+    return isinstance(optimizer, LARS)
+
+
+@contextmanager
+def _keep_statistics_finite(model: nn.Module) -> Iterator[None]:
+    """Take back what a forward pass did to running statistics of BatchNorm if one is not finite."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    buffers = [x for m in norms for x in (m.running_mean, m.running_var) if x is not None]
+    if not buffers:
+        yield
+        return
+    before = torch.cat(buffers)
+    yield
+    after = torch.cat(buffers)
+    kept = torch.where(after.isfinite().all(), after, before)
+    # the backward pass, which does not read them, would take a change for an error
+    torch._foreach_copy_([x.data for x in buffers], kept.split([x.numel() for x in buffers]))

@@ -78,6 +78,8 @@ class LARS(torch.optim.Optimizer):
     have neither weight decay nor scaling, and momentum gathers gradients, not steps. mmpretrain's
     ``LARS`` gathers steps and reads each norm back from the device.
 
+    As torch's fused optimizers it leaves everything as it is where ``found_inf`` is 1.
+
     Args:
         params: Parameters or groups of them.
         lr: Learning rate.
@@ -85,6 +87,8 @@ class LARS(torch.optim.Optimizer):
         momentum: Share of the last step's direction that is kept.
         trust_coefficient: Norm of a step, before the learning rate, over that of the tensor.
     """
+
+    found_inf: Tensor | None = None  # scalar 0.0 or 1.0 on the device, set for a step
 
     def __init__(
         self,
@@ -114,5 +118,11 @@ class LARS(torch.optim.Optimizer):
             trust = group['trust_coefficient'] * norm / step_norm
             step = step * torch.where((norm > 0) & (step_norm > 0), trust, 1.0)
         state = self.state[param]
-        state['momentum_buffer'] = group['momentum'] * state.get('momentum_buffer', 0.0) + step
-        param.add_(state['momentum_buffer'], alpha=-group['lr'])
+        momentum = state.get('momentum_buffer', torch.zeros_like(param))
+        new_momentum = group['momentum'] * momentum + step
+        new_param = param - group['lr'] * new_momentum
+        if self.found_inf is not None:
+            new_momentum = torch.where(self.found_inf > 0, momentum, new_momentum)
+            new_param = torch.where(self.found_inf > 0, param, new_param)
+        state['momentum_buffer'] = new_momentum
+        param.copy_(new_param)

@@ -1,17 +1,15 @@
-"""Hooks of each step: exact resuming, a guard against broken losses, the d-VAE's temperature."""
+"""Hooks of each step: exact resuming, the d-VAE's temperature."""
 
 import math
 import random
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from mmengine.dist import get_rank
-from mmengine.hooks import CheckpointHook, Hook, LoggerHook
+from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
-from torch import Tensor
 
-from cae_mm.engine.message_hub import read_scalars
 from cae_mm.hooks.checkpoint import unwrap
 from cae_mm.registry import FUNCTIONS, HOOKS
 
@@ -58,79 +56,6 @@ def seeded_by_torch(worker_id: int) -> None:
     torch derives them (Python's and numpy's too) from the main process' generator whenever the
     loader is iterated anew. mmengine's default would overwrite them with constants.
     """
-
-
-class Step(NamedTuple):
-    """What is remembered of a step until its numbers are read."""
-
-    iteration: int
-    epoch: int
-    paths: list[str]
-    loss: Tensor
-    grad_norm: Tensor | None
-
-
-@HOOKS.register_module()
-class NonFiniteLossHook(Hook):
-    """Stop at a loss that is not finite and say which images were in its batch.
-
-    The norm of the gradients, if ``MixedPrecisionOptimWrapper`` clips them, is looked at too: it is
-    the same on all processes, so that all stop when one has a broken loss. Not with loss scaling,
-    which expects gradients that overflow.
-
-    Both stay on the device until a line is logged, an epoch ends or a checkpoint is due, so that
-    no step waits. The steps since the broken one are lost, but no checkpoint has their weights.
-    """
-
-    def __init__(self) -> None:
-        self.steps: list[Step] = []
-
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: dict[str, Any], outputs: Any = None
-    ) -> None:
-        """Remember the step; look at all that are remembered where all processes do."""
-        wrapper = runner.optim_wrapper
-        scaler = getattr(wrapper, 'loss_scaler', None)
-        norm = None if scaler and scaler.is_enabled() else getattr(wrapper, 'grad_norm', None)
-        paths = [sample.get('img_path', 'unknown') for sample in data_batch['data_samples']]
-        loss = outputs['loss'].detach()
-        self.steps.append(Step(runner.iter + 1, runner.epoch + 1, paths, loss, norm))
-        if self._is_due(runner, batch_idx):
-            self._check()
-
-    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Let no hook write broken weights, whenever it does."""
-        self._check()
-
-    def _is_due(self, runner: Runner, batch_idx: int) -> bool:
-        """Whether all processes log a line now, or may write a checkpoint."""
-        for hook in runner.hooks:
-            if isinstance(hook, LoggerHook):
-                due = hook.every_n_inner_iters(batch_idx, hook.interval)
-            elif isinstance(hook, CheckpointHook) and not hook.by_epoch:
-                due = hook.every_n_train_iters(runner, hook.interval)
-            else:
-                continue
-            if due:
-                return True
-        ends = self.end_of_epoch(runner.train_dataloader, batch_idx)
-        return ends or self.is_last_train_iter(runner)
-
-    def _check(self) -> None:
-        steps, self.steps = self.steps, []
-        numbers = iter(read_scalars([x for step in steps for x in step[-2:] if x is not None]))
-        for step in steps:
-            values = {'the loss': next(numbers)}
-            if step.grad_norm is not None:
-                values['the norm of the gradients'] = next(numbers)
-            broken = [f'{name} is {x}' for name, x in values.items() if not math.isfinite(x)]
-            if broken:
-                raise FloatingPointError(
-                    f'{" and ".join(broken)} at iteration {step.iteration} (epoch {step.epoch}); '
-                    f'images of the batch on this process: {step.paths}. Resume from the last '
-                    'checkpoint with a lower learning rate, or train in bfloat16 or float32 '
-                    'rather than float16'
-                )
 
 
 @HOOKS.register_module()

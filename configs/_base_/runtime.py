@@ -13,7 +13,8 @@ default_hooks = dict(
 custom_hooks = [
     dict(type='cae_mm.SafeLoadHook'),
     dict(type='cae_mm.EpochSeedHook'),
-    dict(type='cae_mm.NonFiniteLossHook'),
+    dict(type='cae_mm.NumericalFaultHook'),
+    dict(type='cae_mm.CollapseHook'),
     dict(type='cae_mm.ProgressHook'),
 ]
 # averages of the last 10 steps, of the model's metrics too

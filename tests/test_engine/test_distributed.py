@@ -1,5 +1,6 @@
 """Two processes train what one process trains: DDP, FSDP, and BatchNorm over processes."""
 
+import math
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -7,11 +8,19 @@ import pytest
 import torch
 from builders import cae_config, close
 from mmengine.config import Config
-from two_processes import MODELS_TO_TRAIN, in_two_processes, run_config, train, train_all
+from two_processes import (
+    MODELS_TO_TRAIN,
+    in_two_processes,
+    run_config,
+    train,
+    train_all,
+    train_faulty,
+)
 
 from cae_mm.checkpoints import read_checkpoint
 from cae_mm.checkpoints.description import KEY
 from cae_mm.engine import sharding
+from cae_mm.engine.faults import read_fault
 from cae_mm.engine.runner import fit_config, wrapper_options
 
 KINDS = [kind for kind in MODELS_TO_TRAIN if kind != 'upernet' or find_spec('mmseg')]
@@ -34,6 +43,13 @@ def alone(folder):
 def together(folder, alone):
     """What each of two processes says of its runs with half of each batch."""
     return in_two_processes(train_all, folder, RUNS)
+
+
+@pytest.fixture(scope='module')
+def faulty(folder):
+    """What one process has after two epochs of which each second step has no finite loss."""
+    train_faulty(folder / 'faulty')
+    return read_checkpoint(folder / 'faulty/epoch_2.pth')
 
 
 def files(folder: Path, kind: str, mode: str, epoch: int = 2):
@@ -115,6 +131,29 @@ def test_gathered_steps_are_those_of_one_process(folder, together):
     )
     for name, value in whole.items():
         close(file[name], value, 1e-8)
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_a_fault_of_one_process_is_one_of_both(mode, folder, faulty, together):
+    """Each second step one of them has a broken loss: they skip what a process alone skips."""
+    losses = [process['faulty', mode]['losses'] for process in together]
+    assert [[math.isfinite(loss) for loss in mine] for mine in losses] == [
+        [True] * 4,
+        [True, False] * 2,
+    ]
+    run = folder / f'faulty-{mode}'
+    file = read_checkpoint(run / 'epoch_2.pth')
+    for name, value in faulty.state.items():
+        close(file.state[name], value, 1e-8)
+    for i, state in faulty.content['optimizer']['state'].items():
+        assert file.content['optimizer']['state'][i]['step'] == state['step'] == 2
+    faults = [read_fault(run / f'faults/iter_2_rank_{rank}.json') for rank in range(2)]
+    assert faults[0].reason == "another process' loss is not finite"
+    assert faults[1].reason == 'the loss is nan'
+    assert faults[1].batches[0].images == ['7.png', '9.png', '11.png']
+    state = read_checkpoint(run / 'faults' / faults[0].weights).state
+    for name, value in read_checkpoint(run / 'epoch_1.pth').state.items():
+        assert torch.equal(state[name], value)
 
 
 def test_a_wrapper_of_the_config_is_kept(monkeypatch):

@@ -204,3 +204,92 @@ def test_only_a_run_by_iterations_can_lose_what_was_gathered(length, warned, mon
     wrapper.initialize_count_status(model, 3, 6)
     assert any('gradient of some iterations is lost' in text for text in texts) == warned
     assert wrapper.inner_count == 3
+
+
+OPTIMIZERS = {
+    'fused': dict(type='AdamW', lr=0.1, fused=True),
+    'foreach': dict(type='AdamW', lr=0.1),
+    'SGD': dict(type='SGD', lr=0.1, momentum=0.9),
+    'fused SGD': dict(type='SGD', lr=0.1, momentum=0.9, fused=True),
+    'LARS': dict(type='cae_mm.LARS', lr=0.1, weight_decay=0.1),
+}
+
+
+class Normed(nn.Module):
+    """A linear layer between two ends, one of them normalised over the batch."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(2, 3)
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.norm(self.linear(x))
+
+
+def square(y):
+    return y.pow(3).sum()
+
+
+BREAKS = {
+    'loss': lambda y: square(y) * torch.nan,
+    'infinite loss': lambda y: square(y) + torch.inf,  # whose gradients are finite
+    'gradient': lambda y: square(y) + (y - y.detach()).abs().sqrt().sum(),  # 0 * inf
+}
+
+
+def finite_steps(optimizer, losses, **changes):
+    """Train a step by each loss; return the model and what its optimizer keeps."""
+    model, generator = Normed(), torch.Generator().manual_seed(0)
+    x = torch.randn(4, 2, generator=generator)
+    wrapper = build(model, dtype='float32', optimizer=dict(optimizer), **changes)
+    for loss in losses:
+        with wrapper.optim_context(model):
+            value = loss(model(x))
+        wrapper.update_params(value)
+    return model, wrapper
+
+
+@pytest.mark.parametrize('clip', [None, dict(max_norm=0.1), dict(type='value', clip_value=0.01)])
+@pytest.mark.parametrize('broken', BREAKS.values(), ids=BREAKS)
+@pytest.mark.parametrize('optimizer', OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_broken_step_is_none(optimizer, broken, clip):
+    """The first one, or a later one: weights, states and step counts are those without it."""
+    expected, other = finite_steps(optimizer, [square] * 2, clip_grad=clip)
+    for losses in ([broken, square, square], [square, broken, square]):
+        model, wrapper = finite_steps(optimizer, losses, clip_grad=clip)
+        for name, param in expected.named_parameters():
+            assert torch.equal(model.get_parameter(name), param), name
+        states = [x.optimizer.state_dict()['state'] for x in (other, wrapper)]
+        torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def test_all_that_is_gathered_is_skipped():
+    options = dict(accumulative_counts=2)
+    expected, _ = finite_steps(OPTIMIZERS['fused'], [square] * 2, **options)
+    losses = [square, BREAKS['infinite loss'], square, square]
+    model, wrapper = finite_steps(OPTIMIZERS['fused'], losses, **options)
+    assert torch.equal(model.linear.weight, expected.linear.weight)
+    assert wrapper.grad_norm.isfinite()
+
+
+def test_statistics_forget_a_broken_batch():
+    model = Normed()
+    wrapper = build(model, dtype='float32')
+    for x in (torch.randn(4, 2), torch.tensor([[torch.inf, 0.0], [0.0, 1.0]]), torch.randn(4, 2)):
+        before = model.norm.running_mean.clone()
+        with wrapper.optim_context(model):
+            model(x)
+        kept = torch.equal(model.norm.running_mean, before)
+        assert kept == (not x.isfinite().all())
+        assert model.norm.running_mean.isfinite().all() and model.norm.running_var.isfinite().all()
+
+
+def test_the_norm_is_logged_without_clipping():
+    model, wrapper = finite_steps(OPTIMIZERS['SGD'], [square])
+    logged = wrapper.message_hub.get_scalar('train/grad_norm').current()
+    moved = [
+        (a - b).flatten() for a, b in zip(Normed().parameters(), model.parameters(), strict=True)
+    ]
+    assert logged == pytest.approx(torch.cat(moved).norm().item() / 0.1, rel=1e-5)

@@ -254,13 +254,14 @@ class Reads(TorchDispatchMode):
 def test_host_waits_for_the_device_when_a_line_is_due_only(tmp_path, monkeypatch):
     """The lines are those of mmengine's own way, which reads each number of each step."""
     monkeypatch.setattr('cae_mm.hooks.progress.SECONDS_IN_FILE', math.inf)
+    monkeypatch.setattr('cae_mm.hooks.faults.reads_at_once', lambda _: False)  # as on a GPU
     lines, reads = [], []
     for build in (Runner.build_message_hub, CAERunner.build_message_hub):
         monkeypatch.setattr(CAERunner, 'build_message_hub', build)
         cfg = toy(
             work_dir=str(tmp_path / str(len(lines))),
             train_cfg=dict(type='IterBasedTrainLoop', max_iters=7),
-            custom_hooks=[dict(type=f'cae_mm.{x}Hook') for x in ('NonFiniteLoss', 'Progress')],
+            custom_hooks=[dict(type=f'cae_mm.{x}Hook') for x in ('NumericalFault', 'Progress')],
             log_processor=dict(by_epoch=False, window_size=3),
         )
         cfg.auto_scale_lr.base_batch_size = 2
@@ -269,7 +270,7 @@ def test_host_waits_for_the_device_when_a_line_is_due_only(tmp_path, monkeypatch
             dtype='bfloat16', optimizer=dict(type='AdamW', fused=True), clip_grad=dict(max_norm=1.0)
         )
         runner = RUNNERS.build(cfg)
-        for module in ('engine.message_hub', 'hooks.training'):
+        for module in ('engine.message_hub', 'hooks.faults'):
 
             def spy(tensors, iteration=lambda: runner.iter):
                 if tensors:
@@ -300,7 +301,8 @@ def test_host_waits_for_the_device_when_a_line_is_due_only(tmp_path, monkeypatch
     # is logged at an epoch's end, the fifth step
     guard = [(2, 4), (3, 2), (4, 2), (5, 2), (6, 2), (7, 2)]
     log = [(1, 2), (2, 2), (3, 2), (4, 2), (6, 4), (7, 2)]
-    assert sorted(reads) == sorted(guard + log)
+    weights = [(2, 1), (4, 1), (6, 1), (7, 1)]  # are they finite, before they are saved
+    assert sorted(reads) == sorted(guard + log + weights)
 
 
 def test_schedule_that_begins_after_the_end_names_the_way_out():
