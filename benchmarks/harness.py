@@ -26,7 +26,7 @@ from rich.table import Table
 
 from cae_mm.precision import choose_precision
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 @dataclass(frozen=True)
