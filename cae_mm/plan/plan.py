@@ -112,7 +112,7 @@ def make_plan(
         if not steps:
             raise ValueError(
                 'the operations of this model depend on values, and cannot be counted without '
-                f'computing them ({explain(cost)}): leave out --no-measure'
+                f'computing them ({explain(cost).partition(" (")[0]}): leave out --no-measure'
             )
         cost = _succeed(case, 'model', _count_real, case, data, here)
     if is_fake and (steps or not _is_elsewhere(case)):
