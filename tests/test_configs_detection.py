@@ -17,6 +17,7 @@ pytest.importorskip('mmdet', reason='mmdetection is not installed')
 from mmdet.datasets import CocoDataset  # noqa: E402
 
 from cae_mm.engine import CAERunner  # noqa: E402
+from cae_mm.engine.data import check_datasets  # noqa: E402
 from cae_mm.engine.settings import apply_settings  # noqa: E402
 from cae_mm.patches import patchify, unpadded_grids  # noqa: E402
 
@@ -304,3 +305,39 @@ def test_own_data_names_its_classes_once():
         assert loader.dataset.data_root == 'data/custom/'
     assert cfg.val_evaluator.ann_file == cfg.test_evaluator.ann_file
     assert cfg.test_evaluator.ann_file == 'data/custom/annotations/val.json'
+
+
+@pytest.mark.parametrize(
+    ('classes', 'message'),
+    [
+        (('car', 'balloon'), "custom.json has its categories in another order than .'car'"),
+        (('balloon', 'kite'), r"custom.json has no category 'kite'\. Set metainfo.classes .*'car'"),
+        (('baloon',), "custom.json has no category 'baloon'"),
+    ],
+)
+def test_classes_that_are_not_those_of_the_file(tmp_path, classes, message):
+    """Mmdetection would number them in the file's order, or find no image at all."""
+    cfg = own_data(tmp_path, classes)
+    with pytest.raises(ValueError, match=message):
+        check_datasets(cfg)
+
+
+def test_categories_that_the_config_lacks_are_left_out_and_named(tmp_path):
+    assert check_datasets(own_data(tmp_path, ('balloon', 'car'))) == []
+    cfg = own_data(tmp_path, ('car',))
+    [warning] = check_datasets(cfg)
+    text = "categories that the config lacks, their objects are left out: 'balloon'"
+    assert f'{tmp_path}/custom.json has {text}' == warning
+
+
+def own_data(folder, classes):
+    """The config for own data, with this file of two categories and no image yet."""
+    categories = [dict(id=4, name='balloon'), dict(id=2, name='car')]
+    content = dict(images=[], annotations=[], categories=categories)
+    (folder / 'custom.json').write_text(json.dumps(content))
+    (path,) = [path for path in CONFIGS if 'custom' in path.stem]
+    cfg = Config.fromfile(path)
+    dataset = dict(data_root=str(folder), ann_file='custom.json', metainfo=dict(classes=classes))
+    cfg.train_dataloader.dataset.update(dataset)
+    cfg.val_dataloader = None
+    return cfg

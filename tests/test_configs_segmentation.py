@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmengine.runner import Runner
 from PIL import Image
 
@@ -21,6 +21,7 @@ pytest.importorskip(
 )
 
 from cae_mm.engine import CAERunner  # noqa: E402
+from cae_mm.engine.data import check_datasets  # noqa: E402
 from cae_mm.engine.settings import apply_settings  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('plain_config_text')
@@ -268,3 +269,36 @@ def test_inferencers_of_mmseg_take_configs_and_checkpoints(data, tmp_path):
     result = infer(image, out_dir=str(tmp_path / 'out'))
     assert (result['predictions'] == prediction).all()
     assert list((tmp_path / 'out').rglob('*.png'))
+
+
+@pytest.mark.parametrize('loader', ['train_dataloader', 'val_dataloader'])
+def test_mask_of_another_size_than_its_image_is_named(tmp_path, loader):
+    """Here an image that is stored on its side, as cameras do, beside a mask that is not."""
+    own = Config.fromfile(CUSTOM)[loader].dataset
+    folders = [tmp_path / own.data_prefix[name] for name in ('img_path', 'seg_map_path')]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new('RGB', (WIDTH, HEIGHT)).save(folders[0] / 'a.jpg', exif=exif)
+    Image.new('L', (WIDTH, HEIGHT)).save(folders[1] / 'a.png')
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        dataset = DATASETS.build(dict(own, data_root=str(tmp_path)))
+    message = rf'{folders[1]}/a.png has shape \(40, 50\), its image {folders[0]}/a.jpg \(50, 40\)'
+    with pytest.raises(ValueError, match=message):
+        dataset[0]
+
+
+def test_folder_without_images_is_named(tmp_path):
+    """Of a wrong ending; mmsegmentation cannot put nothing together."""
+    cfg = Config.fromfile(CUSTOM)
+    for folder in (cfg.train_images, cfg.val_images):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / 'a.JPG').touch()
+    apply_settings(cfg, data_root=str(tmp_path))
+    message = f'no images in {tmp_path}/images/val: none of 1 files ends with .jpg. .*img_suffix'
+    with (
+        DefaultScope.overwrite_default_scope('mmseg'),
+        pytest.raises(FileNotFoundError, match=message),
+    ):
+        check_datasets(cfg)

@@ -59,6 +59,7 @@ CONFIGS = [
     (TRANSFORMS, dict(type='cae_mm.LoadImage')),
     (TRANSFORMS, dict(type='cae_mm.TwoViewResizedCrop')),
     (TRANSFORMS, dict(type='cae_mm.CAEMaskGenerator')),
+    (TRANSFORMS, dict(type='cae_mm.CheckSegMap')),
     (OPTIM_WRAPPER_CONSTRUCTORS, CONSTRUCTOR),
 ]
 

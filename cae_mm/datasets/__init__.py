@@ -3,10 +3,11 @@
 from cae_mm.datasets.loading import LoadImage
 from cae_mm.datasets.masking import CAEMaskGenerator
 from cae_mm.datasets.shards import ShardDataset, ShardSampler
-from cae_mm.datasets.transforms import TwoViewResizedCrop
+from cae_mm.datasets.transforms import CheckSegMap, TwoViewResizedCrop
 
 __all__ = [
     'CAEMaskGenerator',
+    'CheckSegMap',
     'LoadImage',
     'ShardDataset',
     'ShardSampler',

@@ -93,13 +93,13 @@ def _make_index(paths: Sequence[Path], shards: np.ndarray, skip_broken: bool) ->
         if not skip_broken:
             raise ValueError(
                 f'{"; ".join(problems)}. Copy or write it anew, or '
-                'settings.transforms.LoadImage.on_error=skip takes what is whole'
+                'train_dataloader.dataset.skip_broken=True takes what is whole'
             )
         warnings += [f'{problem}. What is whole is taken' for problem in problems]
     for text in warnings:
         print_log(text, logger='current', level=logging.WARNING)
     rows = [
-        (image.name.encode(), number, *image[1:])
+        (os.fsencode(image.name), number, *image[1:])
         for number, shard in enumerate(scanned)
         for image in shard.images
     ]

@@ -11,7 +11,6 @@ from mmengine.dataset import BaseDataset, DefaultSampler
 from mmengine.dataset.base_dataset import force_full_init
 from mmengine.dist import barrier, is_main_process
 
-from cae_mm.datasets.loading import LoadImage
 from cae_mm.datasets.shard_index import EXTENSIONS, NO_LABEL, load_index
 from cae_mm.registry import DATA_SAMPLERS, DATASETS
 
@@ -30,21 +29,28 @@ class ShardDataset(BaseDataset):
     Args:
         data_root: The folder; ``classes.txt`` in it, if any, names the classes.
         with_label: Whether to read labels; each image then needs one.
+        skip_broken: Whether to take what is whole of a shard that is cut short or damaged.
         options: Those of mmengine's ``BaseDataset``, such as ``pipeline``.
     """
 
-    def __init__(self, data_root: str, *, with_label: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        data_root: str,
+        *,
+        with_label: bool = False,
+        skip_broken: bool = False,
+        **options: Any,
+    ) -> None:
         self.with_label = with_label
+        self.skip_broken = skip_broken
         super().__init__(data_root=data_root, serialize_data=False, **options)
 
     def load_data_list(self) -> Any:
         """Return an array of images, see ``Index``; one process makes the index for all."""
         folder = Path(self.data_root)
-        loaders = (step for step in self.pipeline.transforms if isinstance(step, LoadImage))
-        skip = any(loader.on_error == 'skip' for loader in loaders)
-        index = load_index(folder, skip) if is_main_process() else None
+        index = load_index(folder, self.skip_broken) if is_main_process() else None
         barrier()
-        index = index or load_index(folder, skip)
+        index = index or load_index(folder, self.skip_broken)
         if not len(index.images):
             raise ValueError(f'no images in the shards of {folder}, none with {EXTENSIONS}')
         self.files = ShardFiles([str(folder / name) for name in index.shards['name']])
@@ -64,7 +70,7 @@ class ShardDataset(BaseDataset):
             )
 
     def _name(self, image: np.void) -> str:
-        return f'{self.files.paths[image["shard"]]}/{image["name"].decode()}'
+        return f'{self.files.paths[image["shard"]]}/{os.fsdecode(image["name"])}'
 
     @force_full_init
     def get_data_info(self, idx: int) -> dict[str, Any]:

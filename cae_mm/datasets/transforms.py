@@ -92,3 +92,23 @@ class TwoViewResizedCrop(BaseTransform):
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}(views={self.views}, scale={self.scale}, ratio={self.ratio})'
+
+
+@TRANSFORMS.register_module()
+class CheckSegMap(BaseTransform):
+    """Stop at a map of classes that is not as large as its image; mmsegmentation crops both alike.
+
+    It stands after ``LoadAnnotations``, before or after resizing of the image alone. Where nothing
+    was loaded, as in inference, nothing is looked at.
+    """
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Compare the map with the image as it was loaded."""
+        seg_map, size = results.get('gt_seg_map'), tuple(results['ori_shape'][:2])
+        if seg_map is not None and seg_map.shape != size:
+            raise ValueError(
+                f'{results["seg_map_path"]} has shape {seg_map.shape}, its image '
+                f'{results["img_path"]} {size} (height, width; EXIF orientation applied). A map '
+                'has one channel and the size of its image'
+            )
+        return results

@@ -11,6 +11,7 @@ from PIL import Image
 
 from cae_mm.doctor.case import Case
 from cae_mm.doctor.finding import Finding, explain, failure
+from cae_mm.engine.data import check_dataset, describe_shortage
 
 MAX_IMAGES, MAX_LIST = 100_000, 2**24  # files and bytes of a list that are read in a second
 WIDTH, HEIGHT = 400, 300  # of the image that stands for those that are not here
@@ -27,6 +28,12 @@ def check_data(case: Case) -> Iterator[Finding]:
             text = f'{Path(path).absolute()} does not exist'
             remedy = 'put the data there, or set settings.data_root'
             yield case.finding(level, f'{key}.{name}', text, remedy)
+        if not _find_missing(dataset) and (dataset.ann_file or _is_small(dataset)):
+            outcome = case.attempt(check_dataset, dataset)
+            if isinstance(outcome, Exception):
+                yield case.finding(level, key, explain(outcome))
+            else:
+                yield from (case.finding('warning', key, text) for text in outcome)
 
 
 def open_training_data(case: Case, key: str, large: bool = False) -> Any:
@@ -56,10 +63,8 @@ def check_count(case: Case, key: str, dataset: Any) -> Iterator[Finding]:
     ):
         return
     if images == 0 or (loader.get('drop_last') and images < loader['batch_size']):
-        key = 'train_dataloader.batch_size'
-        text = f'{len(dataset)} images are {images} a process, less than a batch: with drop_last '
-        remedy = f'set {key}={max(images, 1)} or less, or train_dataloader.drop_last=False'
-        yield case.finding('error', key, f'{text}no iteration is left', remedy)
+        text, remedy = describe_shortage(len(dataset), images)
+        yield case.finding('error', 'train_dataloader.batch_size', text, remedy)
 
 
 def make_sample(folder: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import os
 import subprocess
 from contextlib import ExitStack
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import joblib
@@ -13,12 +12,17 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import MessageHub
 from mmengine.model import is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
-from cae_mm.datasets.shard_index import INDEX_FILE
+from cae_mm.engine.data import (
+    WORKER_TIMEOUT,
+    check_datasets,
+    check_length,
+    explained_worker_faults,
+)
 from cae_mm.engine.message_hub import DeferredMessageHub
-from cae_mm.engine.settings import LOADERS, apply_settings, class_name, find_datasets
+from cae_mm.engine.settings import LOADERS, apply_settings
 from cae_mm.engine.sharding import (
     check_sharding,
     gathered_state,
@@ -111,22 +115,24 @@ class CAERunner(Runner):
 
     def train(self) -> nn.Module:
         """Train, if the data is there."""
-        for dataset in find_datasets({'train_dataloader': self.cfg.get('train_dataloader')}):
-            root = dataset.get('data_root')
-            if not root or '://' in root:
-                continue
-            shards = class_name(dataset) == 'ShardDataset'
-            if not Path(root).exists():
-                raise FileNotFoundError(
-                    f'no data at {Path(root).absolute()}: set '
-                    f'settings.{"shards" if shards else "data_root"} to its folder'
-                )
-            if not shards and Path(root, INDEX_FILE).exists():
-                raise ValueError(f'{root} holds shards: set settings.shards to it, not data_root')
+        for warning in check_datasets(self.cfg):
+            self.logger.warning(warning)
         if self.distributed and self.cfg.get('fsdp'):
             self._init_model_weights()
             shard_model(self.model)
-        return super().train()
+        with explained_worker_faults():
+            return super().train()
+
+    def test(self) -> dict[str, float]:
+        """Test."""
+        with explained_worker_faults():
+            return super().test()
+
+    def build_train_loop(self, loop: Any) -> BaseLoop:
+        """Build the loop, unless its epochs had no iteration."""
+        built = super().build_train_loop(loop)
+        check_length(built.dataloader)
+        return built
 
 
 def fit_config(cfg: Config) -> list[str]:
@@ -262,15 +268,20 @@ def _stretch_scheduler(scheduler: dict[str, Any], factor: int, max_iters: int | 
 
 
 def _fit_loaders(cfg: Config, launcher: str) -> list[str]:
-    """Take no more workers than there are cores for this process, and pin memory for GPUs only."""
+    """Take no more workers than there are cores for this process, and wait for them so long only.
+
+    Memory is pinned for GPUs only.
+    """
     cores = _count_cores(launcher)
     wishes = set()
     for loader in (cfg[name] for name in LOADERS if cfg.get(name)):
         if loader.get('num_workers', 0) > cores:
             wishes.add(loader.num_workers)
             loader.num_workers = cores
-        if not loader.get('num_workers'):
-            loader.persistent_workers = False
+        if loader.get('num_workers'):
+            loader.setdefault('timeout', WORKER_TIMEOUT)
+        else:
+            loader.persistent_workers, loader.timeout = False, 0
         if not torch.cuda.is_available():
             loader.pin_memory = False
     if not wishes:

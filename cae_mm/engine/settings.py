@@ -156,6 +156,7 @@ def _set_shards(cfg: Any, root: str) -> None:
         type='cae_mm.ShardDataset',
         data_root=root,
         with_label=dataset.get('with_label', True),  # the default of mmpretrain's datasets
+        skip_broken=dataset.get('skip_broken', False),
         pipeline=dataset['pipeline'],
     )
 

@@ -1,12 +1,14 @@
 """Files of every kind: right colours, right size, upright; broken ones are named."""
 
 import logging
-import struct
-import zlib
+import os
+import resource
+import stat
 
 import mmpretrain.datasets  # noqa: F401  registers CustomDataset
 import numpy as np
 import pytest
+from bad_files import UNREADABLE, huge_jpeg, jpeg_frame, jpeg_segment, noise, write_unreadable
 from mmengine.dataset import Compose
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS
@@ -247,37 +249,6 @@ def write_good(path, shade=200):
     return save(Image.new('RGB', (8, 6), (shade, 0, 0)), path)
 
 
-def png_chunk(name, data):
-    return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
-
-
-def write_broken(kind, folder):
-    path = folder / 'broken.jpg'
-    if kind == 'truncated':
-        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-        save(Image.fromarray(noise), path)
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif kind == 'text':
-        path.write_text('<html>404 Not Found</html>')
-    elif kind == 'empty':
-        path.touch()
-    elif kind == 'bad chunk':  # Pillow raises SyntaxError
-        path = write_good(folder / 'broken.png')
-        data = path.read_bytes()
-        start = data.index(b'IDAT')
-        path.write_bytes(
-            data[: start - 4]
-            + png_chunk(b'IDAT', data[start + 4 : start + 9])
-            + png_chunk(b'?DAT', data[start + 9 :])
-        )
-    elif kind == 'bad number':  # Pillow raises ValueError
-        path = folder / 'broken.ppm'
-        path.write_bytes(b'P6 8 x 255 ')
-    else:
-        assert kind == 'missing'
-    return path
-
-
 def test_bytes_are_read_instead_of_the_file(tmp_path):
     """Of a dataset that has the content already; the path is a name only."""
     content = write_good(tmp_path / 'a.png', 123).read_bytes()
@@ -286,19 +257,16 @@ def test_bytes_are_read_instead_of_the_file(tmp_path):
     assert (results['img'] == [0, 0, 123]).all()
     assert results['img_path'] == name
     assert 'img_bytes' not in results
-    with pytest.raises(OSError, match=f'cannot read the image {name}: no image file'):
+    with pytest.raises(OSError, match=f'cannot read the image {name}: the file is empty'):
         LoadImage()(dict(img_path=name, img_bytes=b''))
 
 
-BROKEN = ['truncated', 'text', 'empty', 'bad chunk', 'bad number', 'missing']
-
-
-@pytest.mark.parametrize('kind', BROKEN)
-def test_broken_file_raises_with_its_path(tmp_path, kind):
-    path = write_broken(kind, tmp_path)
+@pytest.mark.parametrize('kind', UNREADABLE)
+def test_broken_file_raises_with_its_path_and_the_reason(tmp_path, kind):
+    path = write_unreadable(kind, tmp_path)
     way_out = 'Fix or remove the file, or set settings.transforms.LoadImage.on_error=skip'
-    message = rf'cannot read the image {path}: .*\. {way_out}'
-    with pytest.raises(OSError, match=message):
+    reason = UNREADABLE[kind][2]
+    with pytest.raises(OSError, match=rf'cannot read the image {path}: ({reason}).*\. {way_out}'):
         load(path)
 
 
@@ -324,9 +292,9 @@ def log(caplog):
     logger.removeHandler(caplog.handler)
 
 
-@pytest.mark.parametrize('kind', BROKEN)
+@pytest.mark.parametrize('kind', ['zero-byte', 'truncated-jpeg', 'bad-chunk', 'vanished'])
 def test_broken_file_is_skipped_with_its_path_in_the_log(tmp_path, kind, log):
-    path = write_broken(kind, tmp_path)
+    path = write_unreadable(kind, tmp_path)
     assert LoadImage(on_error='skip')(dict(img_path=str(path))) is None
     [record] = log.records
     assert record.levelno == logging.WARNING
@@ -354,7 +322,7 @@ def shades(data):
 
 
 def test_dataset_yields_only_good_images(tmp_path):
-    write_broken('text', tmp_path)
+    write_unreadable('text', tmp_path)
     for shade in (10, 20, 30):
         write_good(tmp_path / f'{shade}.png', shade)
     data = dataset(tmp_path, 'skip', with_label=False)
@@ -365,15 +333,15 @@ def test_dataset_yields_only_good_images(tmp_path):
 
 
 def test_dataset_stops_at_a_broken_file(tmp_path):
-    path = write_broken('text', tmp_path)
+    path = write_unreadable('text', tmp_path)
     data = dataset(tmp_path, with_label=False)
     with pytest.raises(OSError, match=f'cannot read the image {path}'):
         data[0]
 
 
 def test_dataset_of_broken_files_ends(tmp_path):
-    for kind in ('text', 'bad chunk'):
-        write_broken(kind, tmp_path)
+    for kind in ('text', 'bad-chunk'):
+        write_unreadable(kind, tmp_path)
     data = dataset(tmp_path, 'skip', with_label=False, max_refetch=5)
     with pytest.raises(Exception, match='Cannot find valid image after 5!'):
         data[0]
@@ -416,3 +384,109 @@ def test_file_list(tmp_path):
         tmp_path, ann_file='labels.txt', data_prefix='train', metainfo=dict(classes=('x', 'y'))
     )
     assert [sample['gt_label'] for sample in labelled] == [1, 0]
+
+
+SMALL = jpeg_frame(0xC0, 8, 8)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        # padding, which is allowed before each segment: 0xFFE0EA, read from it on, is a length
+        dict(before=b'\xff' + jpeg_segment(0xE0, bytes(57575) + SMALL + bytes(2404))),
+        # a restart has no length, 0xFFE0 is taken for it
+        dict(before=b'\xff\xd0' + jpeg_segment(0xE0, bytes(65500) + SMALL)),
+        # a frame of arithmetic coding, and one that comes too late to count
+        dict(kind=0xCA, behind=jpeg_segment(0xDA, bytes(10)) + SMALL),
+    ],
+)
+def test_no_header_hides_the_size_of_a_bomb(tmp_path, monkeypatch, options):
+    """Torchvision would allocate 10 GB for what libjpeg-turbo finds in these."""
+    monkeypatch.setattr(loading, 'decode_jpeg', lambda x: pytest.fail('torchvision gets it'))
+    huge_jpeg(tmp_path / 'a.jpg', **options)
+    with pytest.raises(OSError, match=r'Image size \(3600000000 pixels\) exceeds limit'):
+        load(tmp_path / 'a.jpg')
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+
+
+def test_files_larger_than_memory_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, 'MAX_BYTES', 2**20)
+    with (tmp_path / 'a.jpg').open('wb') as file:
+        file.truncate(2**40)  # takes no place on the disk
+    before = peak()
+    message = r'a.jpg: the file has 1099511627776 bytes, the limit is 1048576'
+    with pytest.raises(OSError, match=message):
+        load(tmp_path / 'a.jpg')
+    assert peak() - before < 2**14
+
+
+@pytest.mark.parametrize('name', ['a.webp', 'a.png', 'a.tif', 'a.gif'])
+def test_animated_images_are_their_first_picture(tmp_path, name):
+    pictures = [Image.new('RGB', (8, 6), colour) for colour in ('red', 'lime', 'blue')]
+    options = dict(lossless=True) if name.endswith('webp') else {}
+    path = tmp_path / name
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], **options)
+    with Image.open(path) as image:
+        assert image.n_frames == 3
+    np.testing.assert_array_equal(load(path), np.full((6, 8, 3), [255, 0, 0]))
+
+
+@pytest.mark.filterwarnings('ignore:Corrupt EXIF data')  # Pillow's, which training shows
+@pytest.mark.parametrize(
+    'data', [b'Exif\0\0garbage', b'Exif\0\0II*\0\xff\xff\xff\x7f', b'Exif\0\0']
+)
+def test_images_with_broken_exif_are_taken_as_stored(tmp_path, data):
+    path = tmp_path / 'a.jpg'
+    noise(24, 16).save(path)
+    pixels = load(path)
+    content = path.read_bytes()
+    path.write_bytes(content[:2] + jpeg_segment(0xE1, data) + content[2:])
+    np.testing.assert_array_equal(load(path), pixels)
+
+
+def test_images_of_one_pixel_go_through_pretraining(tmp_path):
+    path = save(Image.new('RGB', (1, 1), (200, 100, 50)), tmp_path / 'a.png')
+    pipeline = Compose(
+        [
+            dict(type='cae_mm.LoadImage'),
+            dict(type='cae_mm.TwoViewResizedCrop', size=32, second_size=16, flip_prob=0.5),
+            dict(type='cae_mm.CAEMaskGenerator', patch_size=8, min_block=2),
+            dict(type='mmpretrain.PackInputs'),
+        ]
+    )
+    first, second = pipeline(dict(img_path=str(path)))['inputs']
+    assert first.shape == (3, 32, 32) and second.shape == (3, 16, 16)
+    for view in (first, second):
+        assert (view.flatten(1).T.numpy() == [50, 100, 200]).all()
+
+
+def test_file_without_permission(tmp_path):
+    path = write_good(tmp_path / 'a.png')
+    path.chmod(stat.S_IWUSR)
+    user = os.geteuid()
+    if not user:
+        os.seteuid(65534)  # root may read everything
+    try:
+        with pytest.raises(OSError, match=f'cannot read the image {path}: Permission denied'):
+            load(path)
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize('name', [b'caf\xe9.png', 'ä ö\t.png'.encode(), b'x' * 251 + b'.png'])
+def test_odd_names(tmp_path, name, log):
+    """Bytes that are not UTF-8 come as surrogates, which a log's encoding refuses."""
+    path = os.fsencode(tmp_path) + b'/' + name
+    write_good(tmp_path / 'a.png', 77)
+    os.rename(tmp_path / 'a.png', path)
+    [sample] = dataset(tmp_path, with_label=False)
+    assert sample['img'][0, 0, 2] == 77
+    assert os.fsencode(sample['img_path']) == path
+    os.truncate(path, 9)
+    data = dataset(tmp_path, 'skip', with_label=False, max_refetch=0)
+    with pytest.raises(Exception, match='Cannot find valid image'):
+        data[0]
+    log.records[-1].getMessage().encode()

@@ -348,11 +348,11 @@ def test_broken_shard_is_named_with_its_key(tmp_path, where, words, log):
     path = write_shard(tmp_path / 'bad.tar')
     write_shard(tmp_path / 'good.tar', start=10)
     cut(path, where)
-    way_out = 'Copy or write it anew, or settings.transforms.LoadImage.on_error=skip takes'
+    way_out = 'Copy or write it anew, or train_dataloader.dataset.skip_broken=True'
     with pytest.raises(ValueError, match=rf'{path} is {words}\. {way_out}'):
         dataset(tmp_path)
     for _ in range(2):  # each time: such an index is not kept
-        assert shades(dataset(tmp_path, 'skip')) == [0, 10, 11, 12]
+        assert shades(dataset(tmp_path, skip_broken=True)) == [0, 10, 11, 12]
     assert [r.levelno for r in log.records] == [logging.WARNING] * 2
     assert f'{path} is {words}. What is whole is taken' in log.records[-1].getMessage()
 
@@ -413,3 +413,13 @@ def test_shards_have_the_images_that_a_folder_has():
 def test_dataset_builds_from_a_config(shards):
     data = DATASETS.build(dict(type='cae_mm.ShardDataset', data_root=str(shards)))
     assert isinstance(data, ShardDataset) and len(data) == 16
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    """Tarfile gives their bytes as surrogates, as os.listdir does."""
+    source = make_images(tmp_path / 'source', {'x': 9}, 1)
+    os.rename(source / 'x/0.png', os.fsencode(source) + b'/x/caf\xe9.png')
+    run_tool('make_shards.py', source, tmp_path / 'out')
+    for _ in range(2):  # the second time from the index
+        [sample] = dataset(tmp_path / 'out')
+        assert os.fsencode(sample['img_path']).endswith(b'000000.tar/x/caf\xe9.png')

@@ -1,12 +1,14 @@
 """Two views of one crop, alone and in the pipeline of the configs."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
 from mmengine.dataset import Compose, default_collate
+from mmengine.registry import TRANSFORMS
 from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
@@ -334,3 +336,17 @@ def test_central_crop_is_the_largest_within_the_ratios(ratio, box):
     for view, side, how in ((first, 8, 'BICUBIC'), (second, 4, 'LANCZOS')):
         theirs = crop.resize((side, side), Image.Resampling[how])
         np.testing.assert_allclose(view, np.asarray(theirs), atol=1)
+
+
+def test_map_of_another_size_than_its_image_is_named():
+    sample = dict(img_path='a.jpg', seg_map_path='a.png', ori_shape=(6, 8))
+    check = TRANSFORMS.build(dict(type='cae_mm.CheckSegMap'))
+    assert check(sample) is sample  # of inference, which loads none
+    sample['gt_seg_map'] = np.zeros((6, 8), np.uint8)
+    sample['img'] = np.zeros((3, 4, 3), np.uint8)  # resized before the map is loaded
+    assert check(sample) is sample
+    for shape in ((8, 6), (6, 8, 3), (3, 4)):
+        sample['gt_seg_map'] = np.zeros(shape, np.uint8)
+        message = f'a.png has shape {shape}, its image a.jpg (6, 8) (height, width'
+        with pytest.raises(ValueError, match=re.escape(message)):
+            check(sample)

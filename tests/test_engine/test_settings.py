@@ -113,11 +113,16 @@ def test_data_batch_and_transforms(name, inserted):
 def test_shards_replace_the_folder_of_training(name, labels, inserted):
     cfg = read(name, inserted)
     pipeline = [dict(step) for step in cfg.train_dataloader.dataset.pipeline]
+    cfg.train_dataloader.dataset.skip_broken = inserted  # as the command line puts it there
     apply_settings(cfg, shards='SHARDS', data_root='MY', transforms=dict(LoadImage=dict(color=1)))
     pipeline[inserted]['color'] = 1
     loader = cfg.train_dataloader
     assert loader.dataset == dict(
-        type='cae_mm.ShardDataset', data_root='SHARDS', with_label=labels, pipeline=pipeline
+        type='cae_mm.ShardDataset',
+        data_root='SHARDS',
+        with_label=labels,
+        skip_broken=inserted,
+        pipeline=pipeline,
     )
     assert loader.sampler == dict(type='cae_mm.ShardSampler')
     assert name != 'linear' or cfg.val_dataloader.dataset.data_root == 'MY'

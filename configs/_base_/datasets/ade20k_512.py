@@ -6,6 +6,7 @@ Transforms have no scope: mmseg's inferencers know `LoadAnnotations` by this nam
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
+    dict(type='cae_mm.CheckSegMap'),
     dict(type='RandomResize', scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
     dict(type='RandomCrop', crop_size=(512, 512), cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
@@ -16,6 +17,7 @@ test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 512), keep_ratio=True),
     dict(type='LoadAnnotations'),  # after Resize: predictions are judged at full size
+    dict(type='cae_mm.CheckSegMap'),
     dict(type='PackSegInputs'),
 ]
 train_dataloader = dict(
