@@ -1,6 +1,7 @@
 """Registries of the scope ``cae_mm``: children of mmengine's root registries.
 
-``type='cae_mm.X'`` in any config makes mmengine import this module, then the location of X.
+``type='cae_mm.X'`` in any config makes mmengine import this module, then the location of X. From
+then on checkpoints are read as plain data, whichever function of mmengine is called for it.
 """
 
 from cae_mm.dependencies import check_dependencies
@@ -8,6 +9,8 @@ from cae_mm.dependencies import check_dependencies
 check_dependencies(imports=False)  # tells more than the import of what is missing
 
 from mmengine import registry as roots  # noqa: E402
+
+import cae_mm.checkpoints.schemes  # noqa: E402, F401
 
 __all__ = [
     'DATASETS',

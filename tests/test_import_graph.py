@@ -11,12 +11,13 @@ ROOT = Path(__file__).parents[1]
 # Modules and subpackages of cae_mm, lowest first; those that share a layer do not know each other.
 LAYERS = [
     {'version', 'dependencies'},
-    {'__init__', 'registry'},
+    {'__init__'},
     {'patches', 'precision'},
     {'checkpoints', 'model_index'},
+    {'registry'},
     {'datasets', 'models'},
     {'engine', 'evaluation'},
-    {'hooks', 'conversion', 'visualization'},
+    {'hooks', 'conversion', 'visualization', 'apis'},
     {'doctor'},
     {'plan'},
 ]

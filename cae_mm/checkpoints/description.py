@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 KEY = 'cae_mm'  # in the meta of a checkpoint and in the header of a safetensors file
+MAX_SIZE = 2**13  # of each number in a file: more would only take memory
+MAX_PATCHES = 2**16  # of an image
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,18 @@ class EncoderDescription:
         values: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in content.items() if k in known
         }
-        return cls(**values)
+        description = cls(**values)
+        description._check_sizes()
+        return description
+
+    def _check_sizes(self) -> None:
+        numbers = [self.embed_dims, self.depth, self.num_heads, self.patch_size, self.in_channels]
+        for height, width in (self.img_size, self.pretrain_img_size):
+            numbers += [height, width]
+            if height * width > MAX_PATCHES * self.patch_size**2:
+                raise ValueError(f'{height}x{width} pixels are more than {MAX_PATCHES} patches')
+        if not all(type(number) is int and 0 < number <= MAX_SIZE for number in numbers):
+            raise ValueError(f'its sizes {numbers} are not whole numbers from 1 to {MAX_SIZE}')
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, for JSON or a checkpoint."""

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cae_mm.checkpoints.description import KEY, EncoderDescription
-from cae_mm.checkpoints.unpickler import read_plain_pickle
+from cae_mm.checkpoints.unpickler import read_plain_pickle, refusing
 
 
 @dataclass
@@ -46,8 +46,8 @@ class Checkpoint:
             return None
         try:
             return EncoderDescription.from_dict(self.metadata['encoder'])
-        except (AttributeError, TypeError) as error:
-            raise ValueError(f'{self.path} describes its encoder incompletely: {error}') from error
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f'{self.path} describes its encoder wrongly: {error}') from error
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -56,15 +56,17 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         ValueError: If the file needs code to be run, is broken or holds no state dict.
     """
-    path = Path(path)
+    return Checkpoint(Path(path), read_content(Path(path)))
+
+
+def read_content(path: Path) -> Any:
+    """Read what such a file holds, whether or not it is weights."""
     if path.suffix != '.safetensors':
-        return Checkpoint(path, read_plain_pickle(path))
-    try:
+        return read_plain_pickle(path)
+    with refusing(path):
         with safe_open(path, 'pt') as file:
             metadata = json.loads((file.metadata() or {}).get(KEY, '{}'))
-        return Checkpoint(path, {'state_dict': load_file(path), 'meta': {KEY: metadata}})
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f'{path} is no complete safetensors file: {error}') from error
+        return {'state_dict': load_file(path), 'meta': {KEY: metadata}}
 
 
 def write_safetensors(

@@ -86,8 +86,20 @@ class SafeLoadHook(Hook):
             raise ValueError(f'{name} cannot be {purpose} {path}: {match.explanation}')
         if runner._resume:
             checkpoint.get('meta', {}).pop('config', None)
+            forget_files_elsewhere(checkpoint, Path(runner.work_dir))
         checkpoint['state_dict'] = match.matched
         log_match(model, match, path)
+
+
+def forget_files_elsewhere(checkpoint: dict[str, Any], work_dir: Path) -> None:
+    """Keep mmengine from removing, as older than those of this run, whatever files are named."""
+    info = checkpoint.get('message_hub', {}).get('runtime_info', {})
+    for key in [key for key in info if key.startswith('best_ckpt')]:
+        path = Path(str(info[key])).absolute()
+        if path.parent != work_dir.absolute() or not path.name.startswith('best_'):
+            del info[key]
+    if not all(type(number) is int for number in info.get('keep_ckpt_ids', [])):
+        del info['keep_ckpt_ids']
 
 
 def unwrap(model: Any) -> nn.Module:

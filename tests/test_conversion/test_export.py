@@ -218,7 +218,7 @@ def test_what_the_file_tells_is_not_assumed_and_not_contradicted(tmp_path):
             export_checkpoint(tmp_path / 'own.pth', tmp_path, 'official', **option)
     meta['cae_mm']['encoder'].pop('depth')
     torch.save({'state_dict': state, 'meta': meta}, tmp_path / 'own.pth')
-    with pytest.raises(ValueError, match="own.pth describes its encoder incompletely: .*'depth'"):
+    with pytest.raises(ValueError, match="own.pth describes its encoder wrongly: .*'depth'"):
         export_checkpoint(tmp_path / 'own.pth', tmp_path, 'official')
 
 
