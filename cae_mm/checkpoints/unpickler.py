@@ -425,12 +425,8 @@ def _read_zip(file: BinaryIO, known: Mapping[str, Any] | None) -> Any:
     """Read data.pkl and a file for each storage."""
     size = file.seek(0, os.SEEK_END)
     with zipfile.ZipFile(file) as archive:
-        records = archive.infolist()
-        # each byte of the file may stand for one byte, of one record
-        stored = all(r.compress_type == zipfile.ZIP_STORED for r in records)
-        if not stored or sum(r.file_size for r in records) > size:
-            raise ValueError('it has records that are larger than what the file holds of them')
-        root = records[0].filename.partition('/')[0]
+        check_records(archive, size)
+        root = archive.namelist()[0].partition('/')[0]
         order = f'{root}/byteorder'
         if order in archive.namelist() and archive.read(order).decode() != sys.byteorder:
             raise ValueError('it was written on a machine with another order of bytes')
@@ -440,6 +436,14 @@ def _read_zip(file: BinaryIO, known: Mapping[str, Any] | None) -> Any:
             with archive.open(f'{root}/data/{key}') as data:
                 _fill(flat, data)
     return content
+
+
+def check_records(archive: zipfile.ZipFile, size: int) -> None:
+    """Refuse records that are more than the file of ``size`` bytes: torch and numpy pack nothing."""
+    records = archive.infolist()
+    packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+    if packed or sum(record.file_size for record in records) > size:
+        raise ValueError('it has records that are larger than what the file holds of them')
 
 
 def _read_old_format(file: BinaryIO, known: Mapping[str, Any] | None) -> Any:

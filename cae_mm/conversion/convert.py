@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cae_mm.checkpoints import EncoderDescription, read_checkpoint
 from cae_mm.checkpoints.files import write_safetensors
 from cae_mm.checkpoints.pretrained import compare_keys, guess_source, name_some, strip_prefix
+from cae_mm.checkpoints.unpickler import refusing
 from cae_mm.conversion.paddle import SUFFIXES, read_paddle
 from cae_mm.conversion.rules import LeaveOut, Move, Rule, Translation, to_ours
 from cae_mm.conversion.sizes import (
@@ -86,7 +87,7 @@ def convert_checkpoint(
             num_heads=num_heads or hints.get('num_heads'),
             decoder_heads=decoder_heads,
         )
-    except ValueError as error:
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f'{path} cannot be converted: {error}') from error
     result.path = name_output(out, path, result.state, '.safetensors')
     write_safetensors(result.path, result.state, result.metadata)
@@ -105,7 +106,8 @@ def _read_foreign(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f'no checkpoint at {path.absolute()}: give a file, or a folder with config.json and '
             'model.safetensors'
         )
-    content = json.loads(config.read_text())
+    with refusing(config):
+        content = dict(json.loads(config.read_bytes()))
     if 'architecture' in content:
         heads = content.get('model_args', {}).get('num_heads')
         return read_checkpoint(weights).state, {'source': 'timm', 'num_heads': heads}
@@ -113,7 +115,7 @@ def _read_foreign(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     other = {k: content.get(k) for k, v in ours.items() if content.get(k) != v}
     if other:
         raise ValueError(f'{config} has {other}, a CAEViT has {ours}: their features would differ')
-    heads = content['num_attention_heads']
+    heads = content.get('num_attention_heads')
     return read_checkpoint(weights).state, {'source': 'huggingface', 'num_heads': heads}
 
 

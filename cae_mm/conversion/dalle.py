@@ -71,7 +71,7 @@ def _read_dalle(path: Path) -> dict[str, Tensor]:
     content = read_plain_pickle(path, dict.fromkeys(CLASSES, Shell))
     try:
         if isinstance(content, Shell):
-            content = _collect_tensors(content)
+            content = _collect_tensors(content, '', set())
         content = content.get('state_dict', content.get('model', content))
         first = 'blocks.input.w'
         (prefix,) = [k.removesuffix(first) for k in content if k.endswith(first)]
@@ -80,12 +80,15 @@ def _read_dalle(path: Path) -> dict[str, Tensor]:
         raise ValueError(f'{path} holds no DALL-E encoder or decoder') from error
 
 
-def _collect_tensors(module: Any, prefix: str = '') -> dict[str, Tensor]:
-    """Do what ``nn.Module.state_dict`` does, for shells."""
+def _collect_tensors(module: Any, prefix: str, seen: set[int]) -> dict[str, Tensor]:
+    """Do what ``nn.Module.state_dict`` does, for shells, but with each of them once."""
+    if id(module) in seen:
+        return {}
+    seen.add(id(module))
     attributes = vars(module)
     state = {prefix + k: v for k, v in attributes['_parameters'].items() if v is not None}
     for name, child in attributes['_modules'].items():
-        state |= _collect_tensors(child, f'{prefix}{name}.')
+        state |= _collect_tensors(child, f'{prefix}{name}.', seen)
     return state
 
 

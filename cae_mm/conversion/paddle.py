@@ -24,19 +24,19 @@ def read_paddle(path: Path) -> dict[str, Tensor]:
     """
     with refusing(path), path.open('rb') as file:
         content = PlainUnpickler(file).load()
-    if isinstance(content, dict) and isinstance(content.get('model'), dict):
-        content = content['model']
-    if not isinstance(content, dict):
-        raise ValueError(f'{path} holds no state dict (a dict of arrays)')
-    content.pop('StructuredToParameterName@@', None)  # Paddle's table of internal names
-    return {k: _tensor(k, v, path) for k, v in content.items()}
+        if isinstance(content, dict) and isinstance(content.get('model'), dict):
+            content = content['model']
+        if not isinstance(content, dict):
+            raise ValueError('it holds no state dict (a dict of arrays)')
+        content.pop('StructuredToParameterName@@', None)  # Paddle's table of internal names
+        return {str(k): _tensor(str(k), v) for k, v in content.items()}
 
 
-def _tensor(key: str, value: Any, path: Path) -> Tensor:
+def _tensor(key: str, value: Any) -> Tensor:
     array = value[1] if isinstance(value, tuple) and len(value) == 2 else value
     if not isinstance(array, np.ndarray) or array.dtype.kind not in 'fi':
         kind = getattr(array, 'dtype', type(array).__name__)
-        raise ValueError(f'{path}: {key} is no array of numbers but {kind}')
+        raise ValueError(f'{key} is no array of numbers but {kind}')
     tensor = torch.from_numpy(array.copy())
     # Paddle's linear layers have shape (in, out), and nothing else two-dimensional is a weight
     return tensor.T.contiguous() if key.endswith('.weight') and tensor.ndim == 2 else tensor

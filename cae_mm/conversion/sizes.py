@@ -87,7 +87,7 @@ def _published_heads(width: int, source: str) -> int:
 def find_sizes(checks: dict[str, tuple[str, Tensor]], p: int) -> tuple[Grid, Grid]:
     """Find the size of images, and that of pretraining, whose sin-cos positions a file has."""
     table = next((tensor for ours, tensor in checks.values() if ours == 'positions'), None)
-    if table is None:
+    if table is None or not table.numel():
         raise ValueError(
             'it has no absolute positions, as BEiT; a CAEViT always adds its sin-cos table, which '
             'would change all features'

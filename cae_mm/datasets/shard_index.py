@@ -8,8 +8,8 @@ import logging
 import os
 import re
 import tarfile
+import zipfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +17,15 @@ import numpy as np
 from mmengine.logging import print_log
 from tqdm.contrib.concurrent import thread_map
 
+from cae_mm.checkpoints.unpickler import check_records
+
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.webp')
 INDEX_FILE = 'index.npz'  # beside the shards
 NO_LABEL = -1
 END = bytes(512)  # a block of zeros stands behind the last member of a tar
 THREADS = 16  # that read headers, which is waiting, on storage over a network above all
+COLUMNS = {'shard': 'i4', 'offset': 'i8', 'size': 'i8', 'label': 'i4'}  # beside an image's name
+MAX_LABEL = 20  # bytes
 MEMBER = re.compile(r'((?:.*/)?[^./][^./]*)(\.[^/]*)')  # key and ending
 
 
@@ -79,10 +83,36 @@ def load_index(folder: Path, skip_broken: bool = False) -> Index:
     shards = _structured([(path.name, path.stat().st_size) for path in paths], size='i8')
     file = folder / INDEX_FILE
     if file.is_file() and all(path.stat().st_mtime <= file.stat().st_mtime for path in paths):
-        with np.load(file) as arrays:
-            if arrays['shards'].tolist() == shards.tolist():
-                return Index(shards, arrays['images'])
+        kept = _read_index(file)
+        if kept.shards.tolist() == shards.tolist():
+            index = Index(shards, kept.images)
+            _check_places(index, file)
+            return index
     return _make_index(paths, shards, skip_broken)
+
+
+def _read_index(file: Path) -> Index:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            check_records(archive, file.stat().st_size)
+        with np.load(file) as arrays:  # refuses pickled objects
+            return Index(arrays['shards'], arrays['images'])
+    except Exception as error:  # as with any file that somebody has written to
+        raise ValueError(f'{file} is damaged: remove it, it is made anew ({error})') from error
+
+
+def _check_places(index: Index, file: Path) -> None:
+    """Refuse places outside the shards, as an index from elsewhere can name any."""
+    images, sizes = index.images, index.shards['size']
+    if images.size == 0:
+        return
+    columns = [(name, images.dtype[name].kind) for name in images.dtype.names or ()]
+    whole = columns == [('name', 'S'), *((name, 'i') for name in COLUMNS)] and images.ndim == 1
+    if whole and 0 <= images['shard'].min() and images['shard'].max() < len(sizes):
+        room = sizes[images['shard']] - images['offset']
+        if min(images['offset'].min(), images['size'].min(), (room - images['size']).min()) >= 0:
+            return
+    raise ValueError(f'{file} names places outside the shards: remove it, it is made anew')
 
 
 def _make_index(paths: Sequence[Path], shards: np.ndarray, skip_broken: bool) -> Index:
@@ -103,7 +133,7 @@ def _make_index(paths: Sequence[Path], shards: np.ndarray, skip_broken: bool) ->
         for number, shard in enumerate(scanned)
         for image in shard.images
     ]
-    images = _structured(rows, shard='i4', offset='i8', size='i8', label='i4')
+    images = _structured(rows, **COLUMNS)
     index = Index(shards, images)
     if not problems:
         _keep(index, paths[0].parent / INDEX_FILE)
@@ -141,9 +171,9 @@ def scan_shard(path: Path) -> Shard:
 
 
 def _scan(tar: Any, path: Path) -> Shard:
-    with suppress(tarfile.ReadError):  # its message names nothing, see `_find_problem`
-        tar.getmembers()
     size = path.stat().st_size
+    if problem := _read_headers(tar):
+        return Shard([], f'{path} is damaged: {problem}')
     files = [member for member in tar.members if member.isreg()]
     whole = [member for member in files if member.offset_data + member.size <= size]
     names = [(member, *split_name(member.name)) for member in whole]
@@ -161,6 +191,19 @@ def _scan(tar: Any, path: Path) -> Shard:
     return Shard(images, _find_problem(tar, path, files, whole), warning)
 
 
+def _read_headers(tar: Any) -> str:
+    """Fill ``tar.members``; say what is wrong if these are no headers of a tar."""
+    try:
+        for member in tar:
+            if member.size < 0:  # tarfile would go back, again and again
+                return f'{member.name} has {member.size} bytes'
+    except tarfile.ReadError:  # its message names nothing, see `_find_problem`
+        return ''
+    except Exception as error:  # damaged headers raise almost anything
+        return repr(error)
+    return ''
+
+
 def _find_problem(tar: Any, path: Path, files: list[Any], whole: list[Any]) -> str:
     """Say where a tar breaks off: tarfile is silent about headers that it cannot read."""
     tar.fileobj.seek(tar.offset)
@@ -172,9 +215,12 @@ def _find_problem(tar: Any, path: Path, files: list[Any], whole: list[Any]) -> s
 
 
 def _read_label(tar: Any, path: Path, member: tarfile.TarInfo) -> int:
-    text = tar.extractfile(member).read()
+    text = tar.extractfile(member).read(MAX_LABEL + 1)
     try:
-        return int(text)
+        label = int(text[:MAX_LABEL])
+        if len(text) > MAX_LABEL or not 0 <= label < 2**31:
+            raise ValueError('more digits than a class has')
+        return label
     except ValueError as error:
         message = f'{path}/{member.name} holds {text[:20]!r}, not the number of a class'
         raise ValueError(message) from error
