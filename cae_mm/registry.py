@@ -10,7 +10,7 @@ check_dependencies(imports=False)  # tells more than the import of what is missi
 
 from mmengine import registry as roots  # noqa: E402
 
-import cae_mm.checkpoints.schemes  # noqa: E402, F401
+import cae_mm.checkpoints  # noqa: E402, F401
 
 __all__ = [
     'DATASETS',

@@ -3,7 +3,7 @@
 mmengine's own loaders execute the pickle of a file that torch refuses to read as data, and all of
 mmpretrain, mmseg and mmdet goes through them: models, inferencers, ``init_cfg``, Runners. Importing
 this module puts others in their place, by mmengine's extension point for that; ``cae_mm.registry``
-imports it, so that whatever makes models of this project known does it too.
+imports it with its package, so that whatever makes models of this project known does it too.
 """
 
 import logging

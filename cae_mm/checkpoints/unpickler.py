@@ -153,6 +153,13 @@ def _set_array(array: Any, state: Any) -> None:
     array.__setstate__((version, shape, number.dtype, order, data))
 
 
+def _set_versions(state_dict: Any, state: dict[str, Any]) -> None:
+    """Keep the versions of layers, by which some of them know old names."""
+    versions = state.get('_metadata')
+    if isinstance(versions, dict) and all(isinstance(of, dict) for of in versions.values()):
+        state_dict._metadata = versions
+
+
 def _set_history(history: HistoryBuffer, state: dict[str, Any]) -> None:
     """Set the numbers; mmengine would give the statistics in the file to all histories."""
     numbers = [state[key] for key in ('_log_history', '_count_history')]
@@ -209,7 +216,7 @@ SETTERS: dict[type, Callable[[Any, Any], None]] = {
     Shell: _set_attributes,
     argparse.Namespace: _set_attributes,
     HistoryBuffer: _set_history,
-    OrderedDict: lambda *_: None,  # torch notes versions of layers there
+    OrderedDict: _set_versions,
     Number: _set_order,
     np.ndarray: _set_array,
 }
