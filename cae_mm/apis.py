@@ -50,6 +50,7 @@ def init_model(
     cfg = deepcopy(config) if isinstance(config, Config) else load_config(config)
     init_default_scope(_find_scope(cfg))
     cfg.model.setdefault('data_preprocessor', cfg.get('data_preprocessor'))
+    _use_their_loader(cfg)
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     name = type(model).__name__
     file = read_checkpoint(find_file(checkpoint, name))
@@ -75,17 +76,20 @@ def init_inferencer(
         device: As of ``init_model``.
         options: Of ``ImageClassificationInferencer``, ``MMSegInferencer`` or ``DetInferencer``.
     """
-    cfg = config if isinstance(config, Config) else load_config(config)
+    cfg = deepcopy(config) if isinstance(config, Config) else load_config(config)
     scope = _find_scope(cfg)
+    _use_their_loader(cfg)
     kind: Any = getattr(import_module(f'{scope}.apis'), INFERENCERS[scope])
     if scope == 'mmpretrain':
         return kind(init_model(cfg, checkpoint, device), **options)
+
+    cfg.visualizer.vis_backends = []  # which are for the pictures of a run
 
     class Inferencer(kind):
         def _init_model(self, cfg: Config, weights: str, device: str) -> nn.Module:
             return init_model(cfg, weights, device)
 
-    return Inferencer(cfg, str(checkpoint), device, **options)
+    return Inferencer(cfg, str(checkpoint), device=device, **options)
 
 
 def _find_scope(cfg: Config) -> str:
@@ -98,14 +102,27 @@ def _find_scope(cfg: Config) -> str:
     return scope
 
 
+def _test_dataset(cfg: Config) -> Any:
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:  # of a wrapper
+        dataset = dataset.dataset
+    return dataset
+
+
+def _use_their_loader(cfg: Config) -> None:
+    """Put a loader that inferencers know by name, to change it for arrays, in the place of ours."""
+    for pipeline in (_test_dataset(cfg).pipeline, cfg.get('test_pipeline', [])):
+        for i, step in enumerate(pipeline):
+            if step['type'] == 'cae_mm.LoadImage':
+                pipeline[i] = dict(type='LoadImageFromFile')
+
+
 def _describe_classes(cfg: Config, file: Checkpoint) -> dict[str, Any]:
     """Return 'classes' and 'palette', as far as they are known."""
     meta = file.content.get('meta')
     meta = meta if isinstance(meta, dict) else {}
     meta = meta.get('dataset_meta', meta)  # CLASSES and PALETTE stood in meta before mmengine
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:  # of a wrapper
-        dataset = dataset.dataset
+    dataset = _test_dataset(cfg)
     with DATASETS.switch_scope_and_registry(None) as registry:
         of_class = getattr(registry.get(dataset.type), 'METAINFO', {})
     default = {'palette': 'random'} if cfg.default_scope == 'mmdet' else {}

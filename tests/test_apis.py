@@ -32,14 +32,14 @@ CONFIGS = {
 }
 CLASSES = {
     'mmpretrain': dict(classes=['cat', 'dog']),
-    'mmseg': dict(classes=['sky', 'sea'], palette=[[1, 2, 3], [4, 5, 6]]),
+    'mmseg': dict(classes=['sky', 'sea', 'sun'], palette=[[1, 2, 3], [4, 5, 6], [7, 8, 9]]),
     'mmdet': dict(classes=['ant', 'bee'], palette=[(9, 8, 7), (6, 5, 4)]),
 }
 IMAGE = np.random.default_rng(0).integers(256, size=(40, 48, 3), dtype=np.uint8)
 
 
 def shrink(scope: str) -> Config:
-    """Read the config of a tiny model for two classes."""
+    """Read the config of a tiny model for two classes, three where two would be one."""
     cfg = Config.fromfile(ROOT / CONFIGS[scope])
     model = cfg.model
     arch = dict(embed_dims=32, depth=4, num_heads=2, layer_scale=0.1)
@@ -52,8 +52,8 @@ def shrink(scope: str) -> Config:
     if scope == 'mmseg':
         apply_settings(cfg, img_size=64)
         model.neck.in_channels = 32
-        model.decode_head.update(in_channels=[32] * 4, channels=8, num_classes=2)
-        model.auxiliary_head.update(in_channels=32, channels=8, num_classes=2)
+        model.decode_head.update(in_channels=[32] * 4, channels=8, num_classes=3)
+        model.auxiliary_head.update(in_channels=32, channels=8, num_classes=3)
         # what one process makes of the recipes' SyncBN is looked at too
         model.neck.norm_cfg = model.decode_head.norm_cfg = dict(type='SyncBN')
         return cfg
@@ -108,6 +108,7 @@ def test_models_are_those_of_the_frameworks(case):
     assert state.keys() == saved.keys() and all(torch.equal(state[k], saved[k]) for k in state)
     meta = model.dataset_meta
     assert {k: meta[k] for k in CLASSES[scope]} == CLASSES[scope]
+    cfg = model.cfg.copy()  # which they change
     theirs = {
         'mmpretrain': lambda: mmpretrain.get_model(cfg, pretrained=str(path), device='cpu'),
         'mmseg': lambda: mmseg.apis.init_model(cfg, str(path), device='cpu'),

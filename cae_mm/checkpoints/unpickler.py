@@ -123,6 +123,11 @@ def _encode(text: Any, *_: Any) -> bytes:
     return text.encode('latin1')
 
 
+def _make_bytearray(data: Any = b'', *_: Any) -> bytearray:
+    _expect(data, bytes, str)
+    return bytearray(data if isinstance(data, bytes) else _encode(data))
+
+
 def _make_tuple(items: Any = ()) -> tuple[Any, ...]:
     _expect(items, list, tuple)
     return tuple(items)
@@ -180,7 +185,9 @@ def _set_attributes(instance: Any, state: dict[str, Any]) -> None:
 KNOWN: dict[str, Any] = {
     '_codecs.encode': _encode,  # bytes before protocol 3
     'argparse.Namespace': argparse.Namespace,
+    'builtins.bytearray': _make_bytearray,
     'builtins.bytes': lambda: b'',  # no bytes, before protocol 3
+    'builtins.frozenset': lambda items: frozenset(_make_set(items)),
     'builtins.getattr': _statistic,
     'builtins.set': _make_set,
     'builtins.tuple': _make_tuple,

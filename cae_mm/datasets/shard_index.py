@@ -164,10 +164,13 @@ def _keep(index: Index, file: Path) -> None:
 def scan_shard(path: Path) -> Shard:
     """Read the headers of a shard; an image that is cut short is not listed."""
     try:
-        with tarfile.open(path, 'r:') as tar:
-            return _scan(tar, path)
-    except tarfile.TarError as error:
+        tar = tarfile.open(path, 'r:')
+    except OSError:
+        raise
+    except Exception as error:  # damaged headers raise almost anything
         return Shard([], f'{path} is no uncompressed tar file: {error}')
+    with tar:
+        return _scan(tar, path)
 
 
 def _scan(tar: Any, path: Path) -> Shard:
@@ -199,7 +202,7 @@ def _read_headers(tar: Any) -> str:
                 return f'{member.name} has {member.size} bytes'
     except tarfile.ReadError:  # its message names nothing, see `_find_problem`
         return ''
-    except Exception as error:  # damaged headers raise almost anything
+    except Exception as error:  # as above
         return repr(error)
     return ''
 

@@ -29,7 +29,7 @@ def test_containers_and_arrays(protocol):
         'text': 'ä',
         'numbers': [1, -(2**40), 2.5, True, None],
         'bytes': (b'\xff', b'x' * 300, b''),
-        'containers': [OrderedDict(a=1), Counter('aab'), {1, 2}],
+        'containers': [OrderedDict(a=1), Counter('aab'), {1, 2}, frozenset('ab'), bytearray(b'x')],
         'arrays': [np.arange(6.0).reshape(2, 3).T, np.arange(3, dtype='>i2'), np.zeros((0, 2))],
         'scalars': [np.float32(2.5), np.bool_(True)],
         'others': [np.array(['text']), np.array([True, False])],
@@ -183,7 +183,7 @@ def test_incomplete_files_say_so(tmp_path, zipped):
     data = path.read_bytes()
     for length in (len(data) // 2, len(data) - 2):
         path.write_bytes(data[:length])
-        with pytest.raises(ValueError, match='a.pth was refused, .*it is not complete'):
+        with pytest.raises(ValueError, match='a.pth was refused, .*it is damaged or not complete'):
             read_plain_pickle(path)
 
 
