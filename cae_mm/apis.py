@@ -1,9 +1,9 @@
 """Trained models for inference: strictly loaded, and nothing is run but the config.
 
-    model = init_model(CONFIG, CHECKPOINT)      # for mmpretrain.ImageClassificationInferencer(model),
-                                                # mmseg.apis.inference_model(model, images),
-                                                # mmdet.apis.inference_detector(model, images)
-    infer = init_inferencer(CONFIG, CHECKPOINT)    # that of mmpretrain, mmseg or mmdet
+model = init_model(CONFIG, CHECKPOINT)      # for mmpretrain.ImageClassificationInferencer(model),
+                                            # mmseg.apis.inference_model(model, images),
+                                            # mmdet.apis.inference_detector(model, images)
+infer = init_inferencer(CONFIG, CHECKPOINT)    # that of mmpretrain, mmseg or mmdet
 """
 
 from copy import deepcopy
@@ -126,7 +126,7 @@ def _describe_classes(cfg: Config, file: Checkpoint) -> dict[str, Any]:
     with DATASETS.switch_scope_and_registry(None) as registry:
         of_class = getattr(registry.get(dataset.type), 'METAINFO', {})
     default = {'palette': 'random'} if cfg.default_scope == 'mmdet' else {}
-    found = {}
+    found: dict[str, Any] = {}
     for source in (default, of_class, dataset.get('metainfo') or {}, meta):
         found |= {k.lower(): v for k, v in source.items() if k.lower() in ('classes', 'palette')}
     return found

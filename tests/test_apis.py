@@ -1,4 +1,4 @@
-"""Models for inference: strictly loaded, in the frameworks' inferencers, never by running a file."""
+"""Models for inference: strictly loaded, in the frameworks' inferencers, from data alone."""
 
 import json
 import os
@@ -172,7 +172,9 @@ def test_names_of_classes_come_from_the_config_where_the_file_has_none(case):
 
 def test_other_configs_are_refused(case):
     with pytest.raises(ValueError, match=r"needs a test_dataloader and .* \['mmpretrain', 'mmseg'"):
-        init_model(ROOT / 'configs/pretrain/cae_vit-base-p16_32xb64-amp-coslr-300e_in1k.py', case[2])
+        init_model(
+            ROOT / 'configs/pretrain/cae_vit-base-p16_32xb64-amp-coslr-300e_in1k.py', case[2]
+        )
     with pytest.raises(FileNotFoundError, match='no weights for .* at .*none.pth'):
         init_model(case[1], 'none.pth')
 

@@ -53,7 +53,9 @@ def _name(thing: Any) -> str:
 
 def _expect(thing: Any, *kinds: type) -> None:
     if type(thing) not in kinds:
-        raise ValueError(f'it has a {_name(type(thing))} where plain data have a {kinds[0].__name__}')
+        raise ValueError(
+            f'it has a {_name(type(thing))} where plain data have a {kinds[0].__name__}'
+        )
 
 
 def _check_keys(keys: Iterable[Any]) -> None:
@@ -453,7 +455,7 @@ def _read_zip(file: BinaryIO, known: Mapping[str, Any] | None) -> Any:
 
 
 def check_records(archive: zipfile.ZipFile, size: int) -> None:
-    """Refuse records that are more than the file of ``size`` bytes: torch and numpy pack nothing."""
+    """Refuse records of more than the file's ``size``: torch and numpy compress nothing."""
     records = archive.infolist()
     packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
     if packed or sum(record.file_size for record in records) > size:

@@ -18,6 +18,6 @@ def test_files_from_strangers(tmp_path, seed, capsys):
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     with capsys.disabled():
-        print(f'\nfiles from strangers, seed {seed}: {sum(report["results"].values())} read or refused')
+        print(f'\nfiles, seed {seed}: {sum(report["results"].values())} read or refused')
         for name, value in report.items():
             print(f'  {name}: {value}')

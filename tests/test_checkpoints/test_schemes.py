@@ -146,7 +146,9 @@ def test_texts_of_configs_are_left_out_and_nothing_else(tmp_path):
     meta, info = dict(epoch=1, cfg='exit()', config='exit()'), dict(cfg='exit()', max_epochs=2)
     torch.save(dict(meta=meta, message_hub=dict(runtime_info=info), cfg='kept'), path)
     read = schemes.load_from_plain(str(path))
-    assert read == dict(meta=dict(epoch=1), message_hub=dict(runtime_info=dict(max_epochs=2)), cfg='kept')
+    assert read == dict(
+        meta=dict(epoch=1), message_hub=dict(runtime_info=dict(max_epochs=2)), cfg='kept'
+    )
 
 
 def test_the_documented_way_back(tmp_path):
