@@ -81,9 +81,9 @@ def _read_dalle(path: Path) -> dict[str, Tensor]:
 
 
 def _collect_tensors(module: Any, prefix: str, seen: set[int]) -> dict[str, Tensor]:
-    """Do what ``nn.Module.state_dict`` does, for shells, but with each of them once."""
+    """Do what ``nn.Module.state_dict`` does, for shells, none of which may occur twice."""
     if id(module) in seen:
-        return {}
+        raise ValueError('a module inside itself, or twice')
     seen.add(id(module))
     attributes = vars(module)
     state = {prefix + k: v for k, v in attributes['_parameters'].items() if v is not None}
