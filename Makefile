@@ -12,7 +12,7 @@ VENV := $(VENV_$(STACK))
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint check bench format clean-setup
+.PHONY: help setup demo test soak lint check bench format clean-setup
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ lint: setup  ## Check format, lint and types
 	$(RUN) -m mypy
 
 check: lint test  ## Lint and test; continuous integration does so with EXTRAS=all
+
+soak: setup  ## Inject faults for as long as it takes, and print what happened (docs/reliability.md)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/soak -x -q
 
 bench: setup  ## Time everything beside its targets (benchmarks/README.md)
 	$(RUN) benchmarks/table.py
