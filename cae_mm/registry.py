@@ -15,7 +15,6 @@ import cae_mm.checkpoints  # noqa: E402, F401
 __all__ = [
     'DATASETS',
     'DATA_SAMPLERS',
-    'FUNCTIONS',
     'HOOKS',
     'MODELS',
     'OPTIMIZERS',
@@ -32,7 +31,6 @@ def _child(parent: roots.Registry, location: str) -> roots.Registry:
 
 DATASETS = _child(roots.DATASETS, 'cae_mm.datasets')
 DATA_SAMPLERS = _child(roots.DATA_SAMPLERS, 'cae_mm.datasets')
-FUNCTIONS = _child(roots.FUNCTIONS, 'cae_mm.hooks')
 HOOKS = _child(roots.HOOKS, 'cae_mm.hooks')
 MODELS = _child(roots.MODELS, 'cae_mm.models')
 OPTIMIZERS = _child(roots.OPTIMIZERS, 'cae_mm.engine')

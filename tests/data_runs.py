@@ -46,7 +46,6 @@ def data_config(
         batch_size=2,
         num_workers=0,
         drop_last=True,
-        worker_init_fn=dict(type='cae_mm.seeded_by_torch'),
         sampler=dict(type='DefaultSampler', shuffle=False),
         dataset=dataset,
     )

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {'version', 'dependencies'},
     {'__init__'},
-    {'patches', 'precision'},
+    {'patches', 'precision', 'seeds'},
     {'checkpoints', 'model_index'},
     {'registry'},
     {'datasets', 'models'},

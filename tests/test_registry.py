@@ -10,7 +10,6 @@ from builders import WIDTH, cae_config
 from mmengine.registry import (
     DATA_SAMPLERS,
     DATASETS,
-    FUNCTIONS,
     HOOKS,
     MODELS,
     OPTIM_WRAPPER_CONSTRUCTORS,
@@ -28,7 +27,7 @@ from cae_mm import datasets, engine, hooks, models
 # a scope whose package is not installed makes mmengine warn and go on from the root registry
 SCOPES = pytest.mark.parametrize('scope', ['mmengine', 'mmpretrain', 'mmseg', 'mmdet'])
 ROOTS = {
-    *(DATASETS, DATA_SAMPLERS, FUNCTIONS, HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS),
+    *(DATASETS, DATA_SAMPLERS, HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS),
     *(OPTIM_WRAPPERS, OPTIMIZERS, RUNNERS, TRANSFORMS),
 }
 OUR_CLASSES = {
@@ -131,7 +130,7 @@ DefaultScope.get_instance('test', scope_name='mmpretrain')
 built = [
     MODELS.build({cfg}),
     TRANSFORMS.build(dict(type='cae_mm.CAEMaskGenerator')),
-    HOOKS.build(dict(type='cae_mm.EpochSeedHook')),
+    HOOKS.build(dict(type='cae_mm.GumbelTemperatureHook')),
 ]
 print(*(type(x).__module__ for x in built))
 """

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from builders import GRID, PATCH, cae_config, make_batch
@@ -157,10 +158,9 @@ def run_config(kind: str, work_dir: Path, processes: int, **changes: Any) -> Con
             accumulative_counts=gathered,
         ),
         train_cfg=dict(by_epoch=True, max_epochs=2),
-        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)),
+        default_hooks=dict(checkpoint=dict(type='cae_mm.CheckpointHook', interval=1)),
         custom_hooks=[
             dict(type='cae_mm.SafeLoadHook'),
-            dict(type='cae_mm.EpochSeedHook'),
             dict(type='RecordLosses'),
         ],
         default_scope='mmengine',
@@ -180,11 +180,12 @@ def train(kind: str, work_dir: Path, processes: int = 1, **changes: Any) -> CAER
     torch.set_default_dtype(torch.float64)
     Config.pretty_text, pretty_text = property(repr), Config.pretty_text  # yapf takes seconds
     try:
-        runner = CAERunner.from_cfg(run_config(kind, work_dir, processes, **changes))
-        runner.reduced = []
-        if isinstance(runner.model, DistributedDataParallel):
-            runner.model.register_comm_hook(runner, reduce_and_record)
-        runner.train()
+        with patch.object(Config, 'pretty_text', property(repr)):  # formatting takes longer
+            runner = CAERunner.from_cfg(run_config(kind, work_dir, processes, **changes))
+            runner.reduced = []
+            if isinstance(runner.model, DistributedDataParallel):
+                runner.model.register_comm_hook(runner, reduce_and_record)
+            runner.train()
     finally:
         torch.set_default_dtype(default)
         Config.pretty_text = pretty_text
@@ -225,7 +226,9 @@ def _call(rank: int, folder: str, function: Callable[..., Any], args: tuple[Any,
     torch.distributed.destroy_process_group()
 
 
-def train_all(folder: Path, runs: list[tuple[str, str]]) -> dict[Any, dict[str, Any]]:
+def train_all(
+    folder: Path, runs: list[tuple[str, str]], more: Callable[[Path], dict[str, Any]]
+) -> dict[Any, dict[str, Any]]:
     """Train as one of two processes: each run, one resumed from one process, one that gathers."""
     results: dict[Any, dict[str, Any]] = {}
     for kind, mode in runs:
@@ -240,6 +243,7 @@ def train_all(folder: Path, runs: list[tuple[str, str]]) -> dict[Any, dict[str, 
     for mode in dict.fromkeys(mode for _, mode in runs):
         options = dict(settings=dict(fsdp=mode == 'fsdp'))
         results['faulty', mode] = report(train_faulty(folder / f'faulty-{mode}', 2, **options))
+    results['more'] = more(folder)
     return results
 
 

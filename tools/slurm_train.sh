@@ -8,6 +8,11 @@
 # CPUS_PER_TASK   cores for each process and its data workers (5)
 # SRUN_ARGS       more options of srun, as in SRUN_ARGS='--time=24:00:00 --exclusive'
 # PYTHON          the interpreter (python)
+# SIGNAL          what Slurm sends, and how many seconds before the time is up (USR1@120): the run
+#                 saves and ends with status 75
+#
+# A queued job (sbatch --requeue) is then queued again, and a job that runs again goes on with
+# --resume, after preemption or a node that failed, too: docs/scaling.md.
 set -euo pipefail
 
 if (($# < 3)); then
@@ -28,7 +33,13 @@ root=$(dirname "$(dirname "$(realpath "$0")")")
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 # runs of other people on the same node would want the default port
 export MASTER_PORT=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-$$} % 20000))}
-exec srun \
+trap : TERM USR1  # the run gets them, too, and is waited for
+resume=()
+if ((${SLURM_RESTART_COUNT:-0} > 0)); then
+  resume=(--resume)
+fi
+status=0
+srun \
   --partition="$partition" \
   --job-name="$name" \
   --gres="gpu:$per_node" \
@@ -36,5 +47,11 @@ exec srun \
   --ntasks-per-node="$per_node" \
   --cpus-per-task="${CPUS_PER_TASK:-5}" \
   --kill-on-bad-exit=1 \
+  --signal="${SIGNAL:-USR1@120}" \
   "${srun_args[@]}" \
-  "${PYTHON:-python}" -u "$root/tools/train.py" "$config" --launcher slurm "$@"
+  "${PYTHON:-python}" -u "$root/tools/train.py" "$config" --launcher slurm \
+  "$@" "${resume[@]}" || status=$?
+if ((status == 75)) && [[ -n ${SLURM_JOB_ID:-} ]]; then
+  scontrol requeue "$SLURM_JOB_ID" || true  # it says why not
+fi
+exit "$status"

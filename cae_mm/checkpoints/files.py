@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cae_mm.checkpoints.description import KEY, EncoderDescription
 from cae_mm.checkpoints.unpickler import read_plain_pickle, refusing
+from cae_mm.checkpoints.whole import write_whole
 
 
 @dataclass
@@ -73,12 +74,5 @@ def write_safetensors(
     path: Path, state: dict[str, Tensor], metadata: dict[str, Any] | None = None
 ) -> None:
     """Write tensors and metadata; the file appears when it is complete, with its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + '.unfinished')
     header = {'format': 'pt'} | ({KEY: json.dumps(metadata)} if metadata else {})
-    try:
-        data = save({k: v.contiguous() for k, v in state.items()}, metadata=header)
-        unfinished.write_bytes(data)  # save_file would leave it readable to its owner alone
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(path, save({k: v.contiguous() for k, v in state.items()}, metadata=header))

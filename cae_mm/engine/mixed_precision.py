@@ -40,7 +40,7 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
             tuples of tensors. None: the whole model.
     """
 
-    # batches of an epoch, if gathering is to end with it (set by ``EpochSeedHook``): nothing is
+    # batches of an epoch, if gathering is to end with it (set by ``CAERunner``): nothing is
     # then pending when a checkpoint is written
     epoch_length: int | None = None
     # norm of the gradients on the device, before clipping, the same on all processes; None where

@@ -4,6 +4,7 @@ import os
 import subprocess
 from contextlib import ExitStack
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import joblib
@@ -12,16 +13,22 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import MessageHub
 from mmengine.model import is_model_wrapper
-from mmengine.runner import BaseLoop, Runner
+from mmengine.optim import OptimWrapper
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
+from cae_mm.checkpoints.whole import BACKEND
+from cae_mm.datasets.resumable import start_worker
 from cae_mm.engine.data import (
     WORKER_TIMEOUT,
     check_datasets,
     check_length,
     explained_worker_faults,
 )
+from cae_mm.engine.loops import ResumableEpochLoop, ResumableIterLoop
 from cae_mm.engine.message_hub import DeferredMessageHub
+from cae_mm.engine.processes import on_main_process
 from cae_mm.engine.settings import LOADERS, apply_settings
 from cae_mm.engine.sharding import (
     check_sharding,
@@ -39,6 +46,12 @@ LOCAL_WORLD_SIZE = {
     'pytorch': 'LOCAL_WORLD_SIZE',
     'slurm': 'SLURM_NTASKS_PER_NODE',
     'mpi': 'OMPI_COMM_WORLD_LOCAL_SIZE',
+}
+
+# by what stands in train_cfg as `type` or `by_epoch`
+RESUMABLE_LOOPS: dict[Any, Any] = {
+    **dict.fromkeys((True, 'EpochBasedTrainLoop', EpochBasedTrainLoop), ResumableEpochLoop),
+    **dict.fromkeys((False, 'IterBasedTrainLoop', IterBasedTrainLoop), ResumableIterLoop),
 }
 
 
@@ -68,6 +81,39 @@ class CAERunner(Runner):
         MessageHub._instance_dict[hub.instance_name] = hub  # for get_current_instance()
         return hub
 
+    @staticmethod
+    def build_dataloader(dataloader: Any, *args: Any, **options: Any) -> DataLoader:
+        """Build a loader, whose workers end with this process and not before it."""
+        loader = Runner.build_dataloader(dataloader, *args, **options)
+        if loader is not dataloader:
+            loader.worker_init_fn = partial(start_worker, loader.worker_init_fn)
+        return loader
+
+    def build_train_loop(self, loop: Any) -> BaseLoop:
+        """Build mmengine's loops such that they go on in an epoch; one has to have iterations."""
+        options = dict(loop) if isinstance(loop, dict) else {}
+        if len({'type', 'by_epoch'} & options.keys()) == 1:
+            kind = options.pop('type', None) or bool(options.pop('by_epoch'))
+            if kind in RESUMABLE_LOOPS:
+                loop = RESUMABLE_LOOPS[kind](self, self._train_dataloader, **options)
+        built = super().build_train_loop(loop)
+        check_length(built.dataloader)
+        return built
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
+        """Build it, and let gathering end with an epoch, so that no checkpoint loses gradients."""
+        wrapper = super().build_optim_wrapper(optim_wrapper)
+        loop = self._train_loop
+        if isinstance(loop, EpochBasedTrainLoop) and wrapper is not optim_wrapper:
+            wrapper.epoch_length = length = len(loop.dataloader)
+            steps = getattr(wrapper, '_accumulative_counts', 1)
+            if length < steps:
+                self.logger.warning(
+                    f'an epoch has {length} steps, so that gradients are gathered over {length}, '
+                    f'not over {steps} as the learning rate is for: lower it, or take more images'
+                )
+        return wrapper
+
     def setup_env(self, env_cfg: dict[str, Any]) -> None:
         """Set up processes; mmengine takes a GPU for granted, here they may be on CPUs."""
         on_cpus = self.distributed and not torch.cuda.is_available()
@@ -86,12 +132,40 @@ class CAERunner(Runner):
             return model.to(get_device())
         return super().wrap_model(model_wrapper_cfg, model)
 
-    def save_checkpoint(self, *args: Any, **options: Any) -> None:
-        """Save a checkpoint; of a sharded model one file with whole tensors."""
+    def save_checkpoint(
+        self, out_dir: str, filename: str, file_client_args: Any = None, **options: Any
+    ) -> None:
+        """Save a checkpoint as a file that is whole or not there, and wait until it is.
+
+        That of a sharded model has whole tensors.
+
+        Raises:
+            OSError: On all processes, if the file cannot be written.
+        """
+        loader: Any = self.train_dataloader
+        options['meta'] = dict(options.get('meta') or {}, epoch_length=len(loader))
+        if file_client_args is None and options.get('backend_args') is None:
+            options['backend_args'] = dict(backend=BACKEND) if '://' not in out_dir else None
+        save = super().save_checkpoint
         with ExitStack() as stack:
             if is_sharded(self.model):
                 stack.enter_context(gathered_state(self.model, self.optim_wrapper.optimizer))
-            super().save_checkpoint(*args, **options)
+            on_main_process(save, out_dir, filename, file_client_args, **options)
+
+    def load_checkpoint(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """Load a checkpoint; a run whose epochs have another length begins that epoch again."""
+        checkpoint = super().load_checkpoint(*args, **options)
+        loop: Any = self._train_loop
+        if self._resume and isinstance(loop, EpochBasedTrainLoop):
+            meta, length = checkpoint['meta'], len(loop.dataloader)
+            start = meta['epoch'] * length
+            if meta.get('epoch_length') != length and meta['iter'] != start:
+                self.logger.warning(
+                    f'the checkpoint is of a run with {meta.get("epoch_length")} batches an epoch, '
+                    f'this one has {length}: it begins epoch {meta["epoch"] + 1} again'
+                )
+                meta['iter'] = start
+        return checkpoint
 
     def resume(self, *args: Any, **options: Any) -> None:
         """Resume from a file of any run, sharded or not."""
@@ -127,12 +201,6 @@ class CAERunner(Runner):
         """Test."""
         with explained_worker_faults():
             return super().test()
-
-    def build_train_loop(self, loop: Any) -> BaseLoop:
-        """Build the loop, unless its epochs had no iteration."""
-        built = super().build_train_loop(loop)
-        check_length(built.dataloader)
-        return built
 
 
 def fit_config(cfg: Config) -> list[str]:

@@ -1,19 +1,19 @@
-"""Hooks of the Runner: safe loading, exact resuming, progress, guards, kNN during training."""
+"""Hooks of the Runner: checkpoints, safe loading, progress, guards, kNN during training."""
 
 from cae_mm.hooks.checkpoint import SafeLoadHook
 from cae_mm.hooks.collapse import CollapseHook
 from cae_mm.hooks.faults import NumericalFaultHook
 from cae_mm.hooks.knn import KNNHook
 from cae_mm.hooks.progress import ProgressHook
-from cae_mm.hooks.training import EpochSeedHook, GumbelTemperatureHook, seeded_by_torch
+from cae_mm.hooks.saving import CheckpointHook
+from cae_mm.hooks.training import GumbelTemperatureHook
 
 __all__ = [
+    'CheckpointHook',
     'CollapseHook',
-    'EpochSeedHook',
     'GumbelTemperatureHook',
     'KNNHook',
     'NumericalFaultHook',
     'ProgressHook',
     'SafeLoadHook',
-    'seeded_by_torch',
 ]

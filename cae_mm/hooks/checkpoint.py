@@ -9,13 +9,15 @@ from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
+from mmengine.runner import BaseLoop, Runner
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
 from cae_mm.checkpoints.description import KEY
 from cae_mm.checkpoints.files import Checkpoint, read_checkpoint
 from cae_mm.checkpoints.pretrained import check_share, find_file, log_match, match_weights
+from cae_mm.checkpoints.whole import check_whole, find_last_whole
+from cae_mm.engine.processes import on_main_process
 from cae_mm.models.description import describe_model
 from cae_mm.registry import HOOKS
 
@@ -40,7 +42,8 @@ class SafeLoadHook(Hook):
       evaluated with random weights.
     - Always: the numbers of heads must agree, as far as the file tells.
     - Saving: the encoder is described beside the weights.
-    - Resuming: all keys must fit. The config in the file is not read (mmengine would run it).
+    - Resuming: damaged files are passed over, all keys must fit. The config in the file is not read
+      (mmengine would run it).
 
     Args:
         min_matched: The share, from 0 to 1.
@@ -52,17 +55,28 @@ class SafeLoadHook(Hook):
         self.min_matched = min_matched
 
     def before_run(self, runner: Runner) -> None:
-        """Make the Runner read its checkpoint through ``load_from_plain``."""
-        checkpoint = runner._load_from
-        if runner._resume and checkpoint is None:
-            checkpoint = find_latest_checkpoint(runner.work_dir)
-            if checkpoint is None:
-                text = f'nothing to resume in {runner.work_dir}: the run starts from the beginning'
-                runner.logger.warning(text)
-        if checkpoint is None or runner._has_loaded or str(checkpoint).startswith(SCHEME):
+        """Make the Runner read its checkpoint, a whole one, through ``load_from_plain``."""
+        if runner._has_loaded or str(runner._load_from).startswith(SCHEME):
             return
-        path = find_file(checkpoint, type(runner.model).__name__)
-        runner._load_from = f'{SCHEME}{path}'
+        name = type(runner.model).__name__
+        if runner._resume:
+            runner._load_from = on_main_process(self._find, runner, name)
+            runner._resume = runner._load_from is not None
+        elif runner._load_from is not None:
+            runner._load_from = f'{SCHEME}{find_file(runner._load_from, name)}'
+
+    def _find(self, runner: Runner, name: str) -> str | None:
+        """Name the checkpoint to resume from."""
+        if runner._load_from is not None:
+            path = find_file(runner._load_from, name)
+            check_whole(path)
+            return f'{SCHEME}{path}'
+        last = find_last_whole(Path(runner.work_dir), runner.logger.warning)
+        if last is None:
+            text = f'nothing to resume in {runner.work_dir}: the run starts from the beginning'
+            runner.logger.warning(text)
+            return None
+        return f'{SCHEME}{last.absolute()}'
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Describe the encoder in the file, so that nothing has to be guessed of it later."""

@@ -8,19 +8,20 @@ from typing import Any, NamedTuple
 import torch
 from mmengine.dist import (
     all_reduce,
-    broadcast_object_list,
     get_rank,
     get_world_size,
     is_main_process,
 )
 from mmengine.hooks import CheckpointHook, EMAHook, Hook, LoggerHook
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 from torch import Tensor
 
 from cae_mm.checkpoints.files import read_checkpoint, write_safetensors
+from cae_mm.checkpoints.whole import find_last_whole
 from cae_mm.engine.faults import Batch, Fault
 from cae_mm.engine.message_hub import read_scalars
 from cae_mm.engine.mixed_precision import MixedPrecisionOptimWrapper
+from cae_mm.engine.processes import on_main_process
 from cae_mm.engine.sharding import gathered_state, is_sharded, shard_optimizer_state
 from cae_mm.hooks.checkpoint import unwrap
 from cae_mm.registry import HOOKS
@@ -199,23 +200,23 @@ class NumericalFaultHook(Hook):
             f'{len(self.recent)} faults within {self.window} steps, more than {self.limit}; '
             f'the last: {last}'
         )
-        path = [find_latest_checkpoint(runner.work_dir) if self.rollbacks else None]
-        broadcast_object_list(path)
-        if path[0] is None:
+        folder, warn = Path(runner.work_dir), runner.logger.warning
+        path = on_main_process(find_last_whole, folder, warn) if self.rollbacks else None
+        if path is None:
             images = last.batches[-1].images
             raise FloatingPointError(
                 f'{reason}; images of this process: {images}. {way_out(runner)}'
             )
         self.rollbacks -= 1
         self.recent = []
-        content = read_checkpoint(path[0]).content
+        content = read_checkpoint(path).content
         unwrap(runner.model).load_state_dict(content['state_dict'])
         optimizer = runner.optim_wrapper.optimizer
         if is_sharded(runner.model):
             shard_optimizer_state(optimizer)
         # learning rates stay those of the schedule
         optimizer.load_state_dict(optimizer.state_dict() | {'state': content['optimizer']['state']})
-        runner.logger.warning(f'{reason}. Weights and optimizer go back to {path[0]}')
+        runner.logger.warning(f'{reason}. Weights and optimizer go back to {path}')
 
 
 def way_out(runner: Runner) -> str:

@@ -7,12 +7,11 @@ default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', interval=10, max_keep_ckpts=3),
+    checkpoint=dict(type='cae_mm.CheckpointHook', interval=10, max_keep_ckpts=3, minutes=30),
     sampler_seed=dict(type='DistSamplerSeedHook'),
 )
 custom_hooks = [
     dict(type='cae_mm.SafeLoadHook'),
-    dict(type='cae_mm.EpochSeedHook'),
     dict(type='cae_mm.NumericalFaultHook'),
     dict(type='cae_mm.CollapseHook'),
     dict(type='cae_mm.ProgressHook'),

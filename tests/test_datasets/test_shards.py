@@ -28,8 +28,6 @@ CONFIG = ROOT / 'configs/_base_/datasets/in1k_two-view_224.py'
 LOADER = dict(
     batch_size=2,
     num_workers=2,
-    persistent_workers=False,
-    worker_init_fn=dict(type='cae_mm.seeded_by_torch'),
     collate_fn=dict(type='pseudo_collate'),
     drop_last=False,
 )
@@ -196,7 +194,6 @@ def test_resumed_training_sees_what_an_uninterrupted_one_does(folder, shards, tm
                 optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
                 train_cfg=dict(by_epoch=True, max_epochs=4),
                 default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)),
-                custom_hooks=[dict(type='cae_mm.EpochSeedHook')],
                 randomness=dict(seed=1),
                 **changes,
             )

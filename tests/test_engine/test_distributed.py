@@ -1,12 +1,14 @@
 """Two processes train what one process trains: DDP, FSDP, and BatchNorm over processes."""
 
 import math
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from builders import cae_config, close
+from interrupted import CAE, interrupt_one_of_two, same_weights
 from mmengine.config import Config
 from two_processes import (
     MODELS_TO_TRAIN,
@@ -22,6 +24,7 @@ from cae_mm.checkpoints.description import KEY
 from cae_mm.engine import sharding
 from cae_mm.engine.faults import read_fault
 from cae_mm.engine.runner import fit_config, wrapper_options
+from cae_mm.hooks.saving import TRY_AGAIN
 
 KINDS = [kind for kind in MODELS_TO_TRAIN if kind != 'upernet' or find_spec('mmseg')]
 MODES = ['ddp', 'fsdp'] if sharding.fully_shard else ['ddp']
@@ -42,7 +45,8 @@ def alone(folder):
 @pytest.fixture(scope='module')
 def together(folder, alone):
     """What each of two processes says of its runs with half of each batch."""
-    return in_two_processes(train_all, folder, RUNS)
+    more = partial(interrupt_one_of_two, kind='cae', changes=CAE)
+    return in_two_processes(train_all, folder, RUNS, more)
 
 
 @pytest.fixture(scope='module')
@@ -115,6 +119,16 @@ def test_runs_go_on_sharded_or_not(folder, alone, together):
     file = folder / 'cae-fsdp/epoch_1.pth'
     runner = train('cae', folder / 'back', resume=True, load_from=str(file))
     assert runner.losses == pytest.approx(alone['cae'][2:], rel=1e-9)
+
+
+def test_a_signal_that_reaches_one_ends_both(folder, together):
+    """At the same update; what follows is that of a run which nothing disturbed."""
+    for process in together:
+        assert (process['more']['status'], process['more']['steps']) == (TRY_AGAIN, 5)
+        whole, told = process['more']['noted']
+        assert told == whole and len(whole) == 9
+    assert together[0]['more']['noted'] != together[1]['more']['noted']
+    same_weights(*(folder / name / 'epoch_3.pth' for name in ('whole-2', 'told-2')))
 
 
 def test_gradients_are_reduced_only_before_updates(together):

@@ -234,7 +234,7 @@ def test_run_and_a_run_of_what_it_dumped(tmp_path):
 
     dumped = Config.fromfile(tmp_path / 'one/toy.py')
     assert 'settings' not in dumped
-    dumped.work_dir = str(tmp_path / 'two')
+    dumped.update(work_dir=str(tmp_path / 'two'), experiment_name='two')
     again = RUNNERS.build(dumped)
     assert again.cfg.train_cfg.max_iters == 6
     for name in ('optim_wrapper', 'param_scheduler', 'train_cfg', 'default_hooks'):
@@ -260,6 +260,7 @@ def test_host_waits_for_the_device_when_a_line_is_due_only(tmp_path, monkeypatch
         monkeypatch.setattr(CAERunner, 'build_message_hub', build)
         cfg = toy(
             work_dir=str(tmp_path / str(len(lines))),
+            experiment_name=f'{tmp_path.name}-{len(lines)}',
             train_cfg=dict(type='IterBasedTrainLoop', max_iters=7),
             custom_hooks=[dict(type=f'cae_mm.{x}Hook') for x in ('NumericalFault', 'Progress')],
             log_processor=dict(by_epoch=False, window_size=3),

@@ -55,7 +55,7 @@ def make_config(folders, work_dir, epochs=3, lr=1e-2, hook=None, log_level='WARN
         ),
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=lr)),
-        custom_hooks=[dict(type='cae_mm.EpochSeedHook')],
+        custom_hooks=[],
         randomness=dict(seed=0),
         visualizer=dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]),
         log_level=log_level,

@@ -73,20 +73,24 @@ def losses(work_dir: Path) -> dict[int, float]:
 
 @pytest.mark.parametrize(('workers', 'batch'), [(0, 2), (2, 4)])
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(options, tmp_path, workers, batch):
-    """With random crops, flips, masks and drop path; gathering 2 of an epoch's 3 batches, too."""
+    """From an epoch's second batch, which ends an update when two of three are gathered.
+
+    With random crops, flips, masks and drop path.
+    """
     options = [*options, f'train_dataloader.num_workers={workers}']
     options += [f'auto_scale_lr.base_batch_size={batch}']
+    options += ['default_hooks.checkpoint.by_epoch=False']
     whole = run('train.py', CONFIG, '--work-dir', tmp_path / 'whole', *options)
     assert whole.returncode == 0, whole.stderr
-    first, second = tmp_path / 'whole/epoch_2.pth', tmp_path / 'resumed'
+    first, second = tmp_path / 'whole/iter_8.pth', tmp_path / 'resumed'
     resumed = run('train.py', CONFIG, '--work-dir', second, '--resume', first, *options)
     assert resumed.returncode == 0, resumed.stderr
 
     before, after = losses(tmp_path / 'whole'), losses(second)
-    assert len(before) == 4 * 3 and sorted(after) == sorted(before)[6:]
+    assert len(before) == 4 * 3 and sorted(after) == sorted(before)[8:]
     assert all(after[step] == before[step] for step in after)
     assert len(set(before.values())) == len(before)
-    one, other = (read_checkpoint(d / 'epoch_4.pth').state for d in (tmp_path / 'whole', second))
+    one, other = (read_checkpoint(d / 'iter_12.pth').state for d in (tmp_path / 'whole', second))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
 
@@ -236,8 +240,28 @@ def test_slurm_script_trains_on_two_nodes(options, tmp_path):
     assert (tmp_path / 'log').read_text().splitlines() == [
         *('--partition=gpu', '--job-name=a run', '--gres=gpu:1', '--ntasks=2'),
         *('--ntasks-per-node=1', '--cpus-per-task=5', '--kill-on-bad-exit=1'),
-        *('--time=1:00:00', '--exclusive'),
+        *('--signal=USR1@120', '--time=1:00:00', '--exclusive'),
     ]
+
+
+@pytest.mark.parametrize(('status', 'restarts'), [(75, 1), (75, 0), (1, 1)])
+def test_slurm_script_queues_again_what_has_saved(status, restarts, tmp_path):
+    """And a job that was queued again goes on where it was."""
+    log = tmp_path / 'log'
+    for name, code in (('srun', status), ('scontrol', 0)):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {log}\nexit {code}\n')
+        (tmp_path / name).chmod(0o755)
+    environment = dict(
+        PATH=f'{tmp_path}:{os.environ["PATH"]}',
+        SLURM_JOB_ID='7',
+        SLURM_RESTART_COUNT=str(restarts),
+        SIGNAL='TERM@30',
+    )
+    command = [ROOT / 'tools/slurm_train.sh', 'gpu', 'name', CONFIG, '--amp']
+    assert subprocess.run(command, env=os.environ | environment).returncode == status
+    first, *others = log.read_text().splitlines()
+    assert '--signal=TERM@30' in first and first.endswith('--amp' + ' --resume' * restarts)
+    assert others == ['scontrol requeue 7'] * (status == 75)
 
 
 @pytest.mark.parametrize(

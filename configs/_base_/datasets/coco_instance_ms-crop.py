@@ -33,9 +33,6 @@ train_dataloader = dict(
     batch_size=2,
     num_workers=4,
     pin_memory=True,
-    # workers are seeded anew each epoch, see EpochSeedHook
-    persistent_workers=False,
-    worker_init_fn=dict(type='cae_mm.seeded_by_torch'),
     sampler=dict(type='DefaultSampler', shuffle=True),
     batch_sampler=dict(type='AspectRatioBatchSampler'),
     dataset=dict(

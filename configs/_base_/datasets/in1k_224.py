@@ -22,9 +22,6 @@ train_dataloader = dict(
     batch_size=128,
     num_workers=8,
     pin_memory=True,
-    # workers are seeded anew each epoch, see EpochSeedHook
-    persistent_workers=False,
-    worker_init_fn=dict(type='cae_mm.seeded_by_torch'),
     drop_last=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
     collate_fn=dict(type='default_collate'),

@@ -13,9 +13,6 @@ train_dataloader = dict(
     batch_size=64,
     num_workers=8,
     pin_memory=True,
-    # workers are seeded anew each epoch, see EpochSeedHook
-    persistent_workers=False,
-    worker_init_fn=dict(type='cae_mm.seeded_by_torch'),
     drop_last=True,  # official
     sampler=dict(type='DefaultSampler', shuffle=True),
     collate_fn=dict(type='default_collate'),
