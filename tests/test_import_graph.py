@@ -18,7 +18,7 @@ LAYERS = [
     {'datasets', 'models'},
     {'engine', 'evaluation'},
     {'hooks', 'conversion', 'visualization', 'apis'},
-    {'doctor'},
+    {'doctor', 'replay'},
     {'plan'},
 ]
 HEIGHTS = {name: height for height, layer in enumerate(LAYERS) for name in layer}

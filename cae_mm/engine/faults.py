@@ -28,7 +28,7 @@ class Fault:
         seed: Of the run.
         rank, world_size: Number of the process, and of processes.
         precision: Format of the step: 'float32', 'bfloat16' or 'float16'.
-        config: File beside this one: the whole config of the run.
+        config: File beside this one: the whole config of the run, a dict of plain Python values.
         weights: File beside this one: the model's weights when the fault was noticed.
     """
 

@@ -27,8 +27,7 @@ SIGNS = (
         0.02,
         'the latents of masked patches hardly differ between images, so the encoder is learning '
         'to give the same for all of them (collapse)',
-        'look whether the images are really different; resume from an earlier checkpoint with a '
-        'lower learning rate or a longer warm-up',
+        'resume from an earlier checkpoint with a lower learning rate or a longer warm-up',
     ),
     # 0 is what unrelated latents have
     Sign(

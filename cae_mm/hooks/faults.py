@@ -40,8 +40,9 @@ class NumericalFaultHook(Hook):
     """Record steps whose loss or gradients are not finite, and stop a run that has too many.
 
     ``MixedPrecisionOptimWrapper`` skips their updates (with another wrapper the first such step
-    ends the run). Each is logged, and written to ``faults`` in the work directory. Overflowing
-    gradients of float16 are no faults: loss scaling expects them; losses are judged with it too.
+    ends the run). Each is logged, and written to ``faults`` in the work directory, so that
+    ``tools/replay.py`` can repeat it. Overflowing gradients of float16 are no faults: loss scaling
+    expects them; losses are judged with it too.
 
     On a CPU numbers are looked at in each step. On other devices they are read when a line is
     logged, an epoch ends or a checkpoint is due, so that no step waits: the weights in ``faults``
@@ -170,7 +171,7 @@ class NumericalFaultHook(Hook):
             rank=get_rank(),
             world_size=get_world_size(),
             precision=str(precision.dtype).removeprefix('torch.') if precision else 'float32',
-            config=f'{runner.timestamp}.py',
+            config=f'config_{runner.timestamp}.txt',
             weights=f'weights_{runner.iter + 1}.safetensors',
         )
 
@@ -192,7 +193,10 @@ class NumericalFaultHook(Hook):
             write_safetensors(
                 folder / faults[0].weights, {k: v.to('cpu', copy=True) for k, v in state.items()}
             )
-            runner.cfg.dump(folder / faults[0].config)
+            config = repr(runner.cfg.to_dict())
+            (folder / faults[0].config).write_text(config + '\n', encoding='utf-8')
+        name = folder / faults[0].file_name
+        runner.logger.warning(f'`python tools/replay.py {name}` repeats such a step')
 
     def _go_back(self, runner: Runner, last: Fault) -> None:
         """Take the last checkpoint's weights and states, or end the run."""
@@ -222,7 +226,7 @@ class NumericalFaultHook(Hook):
 def way_out(runner: Runner) -> str:
     """What can be done about faults."""
     return (
-        f'Images and weights are in {runner.work_dir}/faults; '
+        f'Repeat a step of {runner.work_dir}/faults with tools/replay.py to see where it breaks; '
         'leave out images that break it, or resume from the last checkpoint with a lower learning '
         'rate, or in bfloat16 or float32 rather than float16'
     )

@@ -25,6 +25,7 @@ from cae_mm.engine import sharding
 from cae_mm.engine.faults import read_fault
 from cae_mm.engine.runner import fit_config, wrapper_options
 from cae_mm.hooks.saving import TRY_AGAIN
+from cae_mm.replay import replay
 
 KINDS = [kind for kind in MODELS_TO_TRAIN if kind != 'upernet' or find_spec('mmseg')]
 MODES = ['ddp', 'fsdp'] if sharding.fully_shard else ['ddp']
@@ -168,6 +169,20 @@ def test_a_fault_of_one_process_is_one_of_both(mode, folder, faulty, together):
     state = read_checkpoint(run / 'faults' / faults[0].weights).state
     for name, value in read_checkpoint(run / 'epoch_1.pth').state.items():
         assert torch.equal(state[name], value)
+
+
+def test_a_step_of_either_process_is_repeated_by_one(folder, together):
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        first, second = (
+            replay(folder / f'faulty-ddp/faults/iter_2_rank_{rank}.json') for rank in range(2)
+        )
+    finally:
+        torch.set_default_dtype(default)
+    assert first.losses == first.fault.losses
+    assert not first.modules and 'another process' in str(first)
+    assert second.modules[0] == 'data_preprocessor'
 
 
 def test_a_wrapper_of_the_config_is_kept(monkeypatch):

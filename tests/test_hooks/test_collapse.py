@@ -44,7 +44,7 @@ def test_latents_that_are_alike_are_told_once(tmp_path):
     neck = dict(cae_config()['neck'], type='ConstantLatents')
     told = warnings_of(tmp_path, neck=neck)
     assert told[0].startswith('latent_std is ') and 'below 0.02: the latents of masked' in told[0]
-    assert 'hardly differ between images' in told[0] and 'What to do: look whether' in told[0]
+    assert 'hardly differ between images' in told[0] and 'What to do: resume from' in told[0]
     assert told[1].startswith('target_codes is 2, below 16')  # of a tokenizer that is random
     assert len(told) == 2
 

@@ -102,11 +102,13 @@ def test_gradients_are_judged_where_an_update_was():
         ('the loss is nan', 46, 1),
     ]
     assert found[0].batches[0].images == ['a0.jpg', 'b0.jpg']
+    run_steps(hook, runner, [1.0, 1.0], [None, math.inf])  # what was lost with the loss is over
+    assert found[2].reason == 'the norm of the gradients is inf'
     runner.optim_wrapper.loss_scaler = torch.amp.GradScaler('cpu')
     run_steps(hook, runner, [1.0, 1.0], [None, math.inf])
-    assert len(found) == 2
+    assert len(found) == 3
     run_steps(hook, runner, [math.inf])
-    assert found[2].reason == 'the loss is inf'
+    assert found[3].reason == 'the loss is inf'
 
 
 def test_faults_are_survived_up_to_the_limit_of_a_window():
@@ -117,7 +119,7 @@ def test_faults_are_survived_up_to_the_limit_of_a_window():
     run_steps(hook, runner, [math.nan])
     message = (
         r'3 faults within 10 steps, more than 2; the last: the loss is nan at iteration 63 '
-        r"\(epoch 2\); images of this process: \['a0.jpg', 'b0.jpg'\]. Images and weights are in "
+        r"\(epoch 2\); images of this process: \['a0.jpg', 'b0.jpg'\]. Repeat a step of "
         r'absent/faults.* lower learning rate'
     )
     with pytest.raises(FloatingPointError, match=message):
