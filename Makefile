@@ -12,7 +12,7 @@ VENV := $(VENV_$(STACK))
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak lint check bench format clean-setup
+.PHONY: help setup demo test soak lock lint check bench format clean-setup
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,12 @@ check: lint test  ## Lint and test; continuous integration does so with EXTRAS=a
 
 soak: setup  ## Inject faults for as long as it takes, and print what happened (docs/reliability.md)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/soak -x -q
+
+lock: setup  ## Renew constraints/onedl-hashes.txt after a change of versions; uses uv
+	$(RUN) -m pip install --quiet uv==0.13.9
+	PIP_CONFIG_FILE=/dev/null $(VENV)/bin/uv pip compile constraints/onedl.txt --python-version 3.11 \
+		--python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate --no-header --upgrade \
+		--quiet --output-file constraints/onedl-hashes.txt
 
 bench: setup  ## Time everything beside its targets (benchmarks/README.md)
 	$(RUN) benchmarks/table.py

@@ -19,6 +19,21 @@ from cae_mm.model_index import find_model_index
 ROOT = Path(__file__).parents[1]
 
 
+def test_each_version_of_the_default_stack_has_hashes():
+    """`make lock` renews them."""
+    versions = (ROOT / 'constraints/onedl.txt').read_text()
+    pins = re.findall(r'^([\w-]+==\S+)$', versions, re.MULTILINE)
+    text = (ROOT / 'constraints/onedl-hashes.txt').read_text().replace(' \\\n', ' ')
+    hashed = dict(line.split(' ', 1) for line in text.splitlines())
+    assert set(pins) <= hashed.keys(), sorted(set(pins) - hashed.keys())
+    names = [pin.partition('==')[0] for pin in hashed]
+    assert len(names) == len(set(names))  # no other version of a package
+    of_torch = ('cuda-', 'nvidia-', 'triton')  # which torch fixes
+    assert all(name.startswith(of_torch) for name in set(names) - {p.split('==')[0] for p in pins})
+    form = re.compile(r' +--hash=sha256:[0-9a-f]{64}( +--hash=sha256:[0-9a-f]{64})*')
+    assert all(form.fullmatch(f' {hashes}') for hashes in hashed.values())
+
+
 @pytest.mark.parametrize(('stack', 'suffix'), [('onedl', ''), ('openmmlab', '-openmmlab')])
 def test_constraints_lie_within_the_bounds(stack, suffix):
     names = [f'{name}{suffix}' for name in ('pretrain', 'segmentation', 'detection')]

@@ -128,7 +128,8 @@ def examine(dataset: BaseDataset, index: int) -> Outcome:
         height, width, _ = decode(content).shape
     except Exception as error:  # decoders raise almost anything on broken files
         return Outcome(info.get('img_path', f'image {index}'), explain(error))
-    return Outcome(info['img_path'], '', height, width, hashlib.sha1(content).digest()[:8])
+    digest = hashlib.blake2b(content, digest_size=8).digest()
+    return Outcome(info['img_path'], '', height, width, digest)
 
 
 def examine_all(dataset: BaseDataset, processes: int, seconds: float) -> Iterator[Outcome]:

@@ -96,7 +96,10 @@ def _read_index(file: Path) -> Index:
         with zipfile.ZipFile(file) as archive:
             check_records(archive, file.stat().st_size)
         with np.load(file) as arrays:  # refuses pickled objects
-            return Index(arrays['shards'], arrays['images'])
+            index = Index(arrays['shards'], arrays['images'])
+        if not all(isinstance(part, np.ndarray) for part in index):
+            raise ValueError('no arrays')
+        return index
     except Exception as error:  # as with any file that somebody has written to
         raise ValueError(f'{file} is damaged: remove it, it is made anew ({error})') from error
 

@@ -14,6 +14,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from pickles import Call
 
+from cae_mm.checkpoints import EncoderDescription, read_checkpoint
 from cae_mm.checkpoints.unpickler import REFUSED, PlainUnpickler, Shell, read_plain_pickle
 
 PROTOCOLS = range(6)
@@ -210,3 +211,22 @@ def test_what_is_no_checkpoint_at_all_is_called_so(tmp_path, content):
         ValueError, match='a.pth was refused.*: it is no file that torch.save wrote'
     ):
         read_plain_pickle(path)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(pretrain_img_size=[2**20, 2**20]), '1048576x1048576 pixels are more than 65536'),
+        (dict(embed_dims=2**40), 'not whole numbers from 1 to 8192'),
+        (dict(img_size=[32]), 'not enough values'),
+        (dict(patch_size=0), 'more than 65536 patches'),
+        (dict(num_heads=2.5), 'not whole numbers'),
+    ],
+)
+def test_descriptions_have_sizes_that_a_model_can_have(tmp_path, changes, message):
+    """Tables of positions are made for them, which would take all of the memory."""
+    sizes = EncoderDescription(8, 1, 2, 4.0, 4, 3, (8, 8), (8, 8), False, True, False).to_dict()
+    meta = dict(cae_mm=dict(encoder=sizes | changes))
+    torch.save(dict(state_dict={}, meta=meta), tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match=f'a.pth describes its encoder wrongly: .*{message}'):
+        _ = read_checkpoint(tmp_path / 'a.pth').description

@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import subprocess
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -420,3 +421,41 @@ def test_names_that_are_not_utf8(tmp_path):
     for _ in range(2):  # the second time from the index
         [sample] = dataset(tmp_path / 'out')
         assert os.fsencode(sample['img_path']).endswith(b'000000.tar/x/caf\xe9.png')
+
+
+@pytest.mark.parametrize('column', ['shard', 'offset', 'size'])
+@pytest.mark.parametrize('value', [-1, 2**31 - 1])
+def test_an_index_from_elsewhere_names_no_place_outside(folder, tmp_path, column, value):
+    run_tool('make_shards.py', folder, tmp_path / 'out', '--shard-mb', 0.005)
+    index = load_index(tmp_path / 'out')
+    index.images[column][3] = value
+    np.savez(tmp_path / 'out' / INDEX_FILE, **index._asdict())
+    with pytest.raises(
+        ValueError, match=f'{INDEX_FILE} names places outside the shards: remove it'
+    ):
+        load_index(tmp_path / 'out')
+
+
+@pytest.mark.parametrize('damage', ['text', 'packed', 'pickled'])
+def test_a_damaged_index_is_named(folder, tmp_path, damage):
+    run_tool('make_shards.py', folder, tmp_path / 'out', '--shard-mb', 0.005)
+    file, index = tmp_path / 'out' / INDEX_FILE, load_index(tmp_path / 'out')
+    if damage == 'text':
+        file.write_text('PK')
+    elif damage == 'packed':  # a few kB that would become as much as they say
+        np.savez_compressed(file, **index._asdict())
+    else:
+        np.savez(file, shards=index.shards, images=index.images.astype(object))
+    with pytest.raises(ValueError, match=f'{INDEX_FILE} is damaged: remove it, it is made anew'):
+        load_index(tmp_path / 'out')
+
+
+@pytest.mark.parametrize('label', [b'-1', b'2147483648', b'1' * 30, b'cat'])
+def test_labels_are_numbers_of_classes(tmp_path, label):
+    with tarfile.open(tmp_path / 'a.tar', 'w') as tar:
+        for name, data in (('a.jpg', b'x'), ('a.cls', label)):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    with pytest.raises(ValueError, match='a.tar/a.cls holds .*, not the number of a class'):
+        load_index(tmp_path)

@@ -232,6 +232,34 @@ def test_a_config_in_the_checkpoint_is_not_run(tmp_path, make_runner):
     assert not (tmp_path / 'executed').exists()
 
 
+@pytest.mark.parametrize(
+    ('name', 'kept'),
+    [
+        ('work/best_acc_epoch_1.pth', True),
+        ('work/epoch_1.pth', False),
+        ('work', False),
+        ('../best_photos', False),
+        ('work/../best_x.pth', False),
+    ],
+)
+def test_a_checkpoint_cannot_name_files_that_mmengine_would_remove(
+    tmp_path, make_runner, name, kept
+):
+    """As the best one so far, which a better one replaces, or as the oldest of those kept."""
+    make_runner(trained()).train()
+    path = tmp_path / 'work' / 'epoch_1.pth'
+    content = torch.load(path, weights_only=False)
+    info = content['message_hub']['runtime_info']
+    info |= {'best_ckpt': str(tmp_path / name), 'keep_ckpt_ids': ['/../../x']}
+    content['message_hub']['resumed_keys'] |= dict(best_ckpt=True, keep_ckpt_ids=True)
+    torch.save(content, path)
+    runner = make_runner(Toy(), epochs=2, resume=True)
+    runner.train()
+    info = runner.message_hub.runtime_info
+    assert info.get('best_ckpt') == (str(tmp_path / name) if kept else None)
+    assert 'keep_ckpt_ids' not in info
+
+
 def test_urls_and_missing_files_stop_before_long_work(tmp_path, make_runner):
     with pytest.raises(ValueError, match='Toy loads files only: download https://a/b.pth first'):
         make_runner(Toy(), load_from='https://a/b.pth').train()
