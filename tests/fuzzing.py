@@ -331,7 +331,7 @@ def bombs():
     """Small pickles that would take much memory, or time, or the stack."""
     # 60 tuples, each of the one before it twice
     laugh = b')q\x000' + b''.join(b'h%ch%c\x86q%c0' % (i, i, i + 1) for i in range(60)) + b'h\x3c'
-    deep = b')' + b'\x85' * 60_000  # a tuple in a tuple in a tuple...
+    deep = b')' + b'\x85' * 150_000  # a tuple in a tuple in a tuple...
     for nested in (laugh, deep):
         yield b'\x80\x02' + nested + b')R.'  # named in an error
         yield b'\x80\x02' + nested + b'}b.'
