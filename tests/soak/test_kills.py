@@ -51,7 +51,11 @@ def test_forty_kills_change_nothing(tmp_path, capsys):
         process = start(run, 'cae', folder, workers=rng.choice([0, 2]), resume=True, **changes)
         while process.is_alive() and target and count_steps(noted) < before + target:
             time.sleep(0.001)
-        time.sleep(rng.random() * (0.1 if target else 1.0))  # or while it starts
+        if target and kill % 2:  # while a file is written
+            while process.is_alive() and not list(folder.glob('*.unfinished')):
+                pass
+        else:  # at any moment, or while it starts
+            time.sleep(rng.random() * (0.1 if target else 1.0))
         assert process.is_alive(), 'it should not have ended before it is killed'
         os.killpg(process.pid, signal.SIGKILL)
         process.join()
