@@ -17,7 +17,7 @@ from mmengine.logging import print_log
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.io import decode_jpeg
 
-from cae_mm.datasets.unreadable import Unreadable, get_collection
+from cae_mm.datasets.unreadable import Unreadable, get_found
 from cae_mm.registry import TRANSFORMS
 
 JPEG = b'\xff\xd8'
@@ -52,7 +52,7 @@ class LoadImage(BaseTransform):
 
     Args:
         on_error: 'raise' stops at a file that cannot be read; 'skip' lets the dataset draw another
-            image, and reports it, in the log if nobody collects such images.
+            image, and reports it: in training to ``UnreadableImagesHook``, else in the log.
         backend_args: Where files are, see ``mmengine.fileio``; None is the local disk.
     """
 
@@ -85,12 +85,12 @@ class LoadImage(BaseTransform):
         return results
 
     def _report(self, image: Unreadable, message: str) -> None:
-        collection = get_collection()
-        if collection is None:
+        found = get_found()
+        if found is None:
             print_log(f'{message}. Skipped', logger='current', level=logging.WARNING)
             return
-        collection.append(image)
-        if len(collection) == MAX_SKIPPED:
+        found.append(image)
+        if len(found) == MAX_SKIPPED:
             raise OSError(f'{MAX_SKIPPED} images for one batch, the last: {message}')
 
     def __repr__(self) -> str:

@@ -1,11 +1,11 @@
-"""Which images of a dataset could not be read: collected while a batch is made, kept in a list."""
+"""Which images of a dataset could not be read: reported with a batch, kept in a list."""
 
 import fcntl
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Unreadable(NamedTuple):
@@ -15,23 +15,39 @@ class Unreadable(NamedTuple):
     reason: str
 
 
-_collections: list[list[Unreadable]] = []  # of this process, the innermost last
+_found: list[Unreadable] | None = None  # of this process since the last batch, if they are reported
 
 
-@contextmanager
-def collect_unreadable() -> Iterator[list[Unreadable]]:
-    """Collect the images that ``LoadImage`` skips meanwhile: a transform cannot hand them back."""
-    found: list[Unreadable] = []
-    _collections.append(found)
-    try:
-        yield found
-    finally:
-        _collections.pop()
+class ReportUnreadable:
+    """A collate function that says with the first sample which images were skipped meanwhile.
+
+    ``LoadImage`` can hand back an image or nothing, so it leaves here what it skipped; from the
+    moment that there is such a function, in the processes that begin after it too.
+
+    Args:
+        collate: Makes a batch of samples.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        global _found
+        _found = []
+        self.collate = collate
+
+    def __call__(self, samples: list[Any]) -> Any:
+        """Make the batch."""
+        global _found
+        found, _found = _found, []
+        if found:
+            samples[0]['data_samples'].set_metainfo(dict(unreadable=found))
+        return self.collate(samples)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.collate,)  # in a process that is spawned it begins anew
 
 
-def get_collection() -> list[Unreadable] | None:
-    """Where to put an image that is skipped; None if nobody collects them."""
-    return _collections[-1] if _collections else None
+def get_found() -> list[Unreadable] | None:
+    """Where to leave an image that is skipped; None if nobody reports it."""
+    return _found
 
 
 class UnreadableList:

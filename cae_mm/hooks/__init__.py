@@ -7,6 +7,7 @@ from cae_mm.hooks.knn import KNNHook
 from cae_mm.hooks.progress import ProgressHook
 from cae_mm.hooks.saving import CheckpointHook
 from cae_mm.hooks.training import GumbelTemperatureHook
+from cae_mm.hooks.unreadable import UnreadableImagesHook
 
 __all__ = [
     'CheckpointHook',
@@ -16,4 +17,5 @@ __all__ = [
     'NumericalFaultHook',
     'ProgressHook',
     'SafeLoadHook',
+    'UnreadableImagesHook',
 ]

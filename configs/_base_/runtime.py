@@ -14,6 +14,7 @@ custom_hooks = [
     dict(type='cae_mm.SafeLoadHook'),
     dict(type='cae_mm.NumericalFaultHook'),
     dict(type='cae_mm.CollapseHook'),
+    dict(type='cae_mm.UnreadableImagesHook'),
     dict(type='cae_mm.ProgressHook'),
 ]
 # averages of the last 10 steps, of the model's metrics too

@@ -20,7 +20,7 @@ model = dict(
         init_cfg=dict(checkpoint='work_dirs/dvae_1xb128-amp-coslr-100e_custom/epoch_100.pth')
     )
 )
-apply_settings(_base_, batch_size=128, transforms=dict(LoadImage=dict(on_error='skip')))
+apply_settings(_base_, batch_size=128)
 train_dataloader = dict(
     drop_last=False,  # a small folder may hold less than a batch
     dataset=dict(data_root='data/custom/', data_prefix=''),

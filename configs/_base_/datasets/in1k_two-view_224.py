@@ -4,7 +4,7 @@ Two views of one crop: 224 px for the encoder, 112 px for the tokenizer (officia
 """
 
 train_pipeline = [
-    dict(type='cae_mm.LoadImage', on_error='raise'),
+    dict(type='cae_mm.LoadImage', on_error='skip'),
     dict(type='cae_mm.TwoViewResizedCrop', size=224, second_size=112, flip_prob=0.5),
     dict(type='cae_mm.CAEMaskGenerator', patch_size=16, mask_ratio=0.5),  # 98 of 196 patches
     dict(type='mmpretrain.PackInputs'),
