@@ -207,7 +207,7 @@ def _is_elsewhere(case: Case) -> bool:
 def _count_fake(case: Case, data: Any, images: int, precision: Precision) -> Cost:
     model, data = make_fake(case.model, data)
     wrapper = _build_wrapper(case, model, str(precision.dtype).removeprefix('torch.'))
-    wrapper.clip_grad_kwargs = None  # it looks at values
+    wrapper.step = wrapper.optimizer.step  # its own looks at values
     if hasattr(wrapper, 'loss_scaler'):
         wrapper.device_type, wrapper.loss_scaler = 'cpu', torch.amp.GradScaler('cpu', enabled=False)
     return count_step(model.train(), wrapper, data, images, _gathers(case))
