@@ -50,7 +50,7 @@ def check_datasets(cfg: Config) -> list[str]:
     warnings = []
     for node in find_datasets(loaders):
         root = node.get('data_root') or ''
-        if '://' in root:
+        if '://' in root or 'type' not in node:  # plans give batches instead
             continue
         shards = class_name(node) == 'ShardDataset'
         if root and not Path(root).exists():
