@@ -230,3 +230,17 @@ def test_descriptions_have_sizes_that_a_model_can_have(tmp_path, changes, messag
     torch.save(dict(state_dict={}, meta=meta), tmp_path / 'a.pth')
     with pytest.raises(ValueError, match=f'a.pth describes its encoder wrongly: .*{message}'):
         _ = read_checkpoint(tmp_path / 'a.pth').description
+
+
+@pytest.mark.parametrize('method', [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compressed_records_are_refused(tmp_path, method):
+    """torch writes none, and a few kB of them could become any size."""
+    torch.save({'a': torch.zeros(1000)}, tmp_path / 'a.pth')
+    with (
+        zipfile.ZipFile(tmp_path / 'a.pth') as plain,
+        zipfile.ZipFile(tmp_path / 'b.pth', 'w', method) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with pytest.raises(ValueError, match='b.pth was refused, .*larger than what the file holds'):
+        read_plain_pickle(tmp_path / 'b.pth')
