@@ -234,7 +234,7 @@ def test_descriptions_have_sizes_that_a_model_can_have(tmp_path, changes, messag
 
 @pytest.mark.parametrize('method', [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_compressed_records_are_refused(tmp_path, method):
-    """torch writes none, and a few kB of them could become any size."""
+    """Torch writes none, and a few kB of them could become any size."""
     torch.save({'a': torch.zeros(1000)}, tmp_path / 'a.pth')
     with (
         zipfile.ZipFile(tmp_path / 'a.pth') as plain,
