@@ -3,8 +3,13 @@
 from collections import OrderedDict
 
 import pytest
+from hypothesis import settings
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
+
+# the same cases in each run; no limit of time, as machines are shared
+settings.register_profile('tests', derandomize=True, max_examples=40, deadline=None)
+settings.load_profile('tests')
 
 
 @pytest.fixture(autouse=True)

@@ -4,51 +4,40 @@ import pytest
 import torch
 import torch.nn.functional as F
 from builders import equal
-from torch import nn
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from cae_mm.patches import gather_tokens, grid_of, patchify, split_mask, to_pair, unpadded_grids
 
 
-@pytest.mark.parametrize(('height', 'width', 'p'), [(32, 32, 8), (16, 48, 8), (60, 20, 5)])
-def test_patchify_and_linear_are_a_convolution(height, width, p):
-    torch.manual_seed(0)
-    conv = nn.Conv2d(3, 10, p, stride=p).double()
-    images = torch.randn(2, 3, height, width, dtype=torch.float64)
-    tokens = F.linear(patchify(images, p), conv.weight.flatten(1), conv.bias)
-    torch.testing.assert_close(tokens, conv(images).flatten(2).transpose(1, 2))
+sides = st.integers(1, 7)
+seeds = st.integers(0, 2**32 - 1)
 
 
-def test_patchify_takes_row_major_patches():
-    images = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6)
-    patches = patchify(images, 2)
-    assert patches.shape == (2, 6, 12)
-    for row in range(2):
-        for column in range(3):
-            cut = images[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
-            equal(patches[:, 3 * row + column], cut.flatten(1))
+@given(batch=st.integers(1, 3), channels=st.integers(1, 4), h=sides, w=sides, p=sides, seed=seeds)
+def test_patchify_cuts_as_torchs_convolutions_do(batch, channels, h, w, p, seed):
+    """Row-major patches, channels first in each; nothing is lost, as the way back shows."""
+    images = torch.randn(batch, channels, h * p, w * p, generator=torch.manual_seed(seed))
+    patches = patchify(images, p)
+    equal(patches, F.unfold(images, p, stride=p).transpose(1, 2))
+    equal(F.fold(patches.transpose(1, 2), (h * p, w * p), p, stride=p), images)
 
 
-def test_gather_tokens_against_loops():
-    torch.manual_seed(0)
-    x = torch.randn(3, 7, 4)
-    ids = torch.randint(7, (3, 5))
-    taken = gather_tokens(x, ids)
-    assert taken.shape == (3, 5, 4)
-    for b in range(3):
-        for k in range(5):
-            equal(taken[b, k], x[b, ids[b, k]])
-
-
-def test_split_mask_is_ascending_and_complementary():
-    torch.manual_seed(0)
-    mask = torch.rand(20, 30).argsort(1) < 12
-    visible, masked = split_mask(mask)
-    assert visible.dtype == masked.dtype == torch.int64
-    assert visible.shape == (20, 18)
-    assert masked.shape == (20, 12)
-    for row, ids_v, ids_m in zip(mask, visible, masked, strict=True):
-        equal(ids_v, torch.nonzero(~row).flatten())
-        equal(ids_m, torch.nonzero(row).flatten())
+@given(batch=st.integers(1, 4), tokens=st.integers(2, 40), seed=seeds, data=st.data())
+def test_split_mask_and_gather_tokens_part_an_image(batch, tokens, seed, data):
+    """Indices are ascending and complementary, and gather what a mask selects."""
+    masked = data.draw(st.integers(1, tokens - 1))
+    generator = torch.manual_seed(seed)
+    mask = torch.rand(batch, tokens, generator=generator).argsort(1) < masked
+    x = torch.randn(batch, tokens, 3, generator=generator)
+    ids_v, ids_m = split_mask(mask)
+    assert ids_v.dtype == ids_m.dtype == torch.int64
+    assert ids_v.shape == (batch, tokens - masked) and ids_m.shape == (batch, masked)
+    for i in range(batch):
+        equal(ids_v[i], torch.nonzero(~mask[i]).flatten())
+        equal(ids_m[i], torch.nonzero(mask[i]).flatten())
+        equal(gather_tokens(x, ids_v)[i], x[i][~mask[i]])
+        equal(gather_tokens(x, ids_m)[i], x[i][mask[i]])
 
 
 @pytest.mark.parametrize(
@@ -69,16 +58,17 @@ def test_to_pair():
     assert to_pair((96, 160)) == to_pair([96, 160]) == (96, 160)
 
 
-def test_grid_of():
-    assert grid_of((224, 224), 16) == (14, 14)
-    assert grid_of((96, 160), 16) == (6, 10)
-
-
-@pytest.mark.parametrize('size', [(225, 160), (240, 150)])
-def test_grid_of_proposes_a_size(size):
-    message = rf'{size[0]}x{size[1]} pixels cannot be cut into patches of 16x16: .* to 240x160$'
-    with pytest.raises(ValueError, match=message):
-        grid_of(size, 16)
+@given(size=st.tuples(st.integers(1, 300), st.integers(1, 300)), p=st.integers(1, 32))
+@example((96, 160), 16)
+def test_grid_of_any_size(size, p):
+    """Rows and columns, or the next larger size that can be cut."""
+    (h, H), (w, W) = ((-(-side // p), -(-side // p) * p) for side in size)
+    if size == (H, W):
+        assert grid_of(size, p) == (h, w)
+    else:
+        message = rf'^an image of {size[0]}x{size[1]} pixels cannot .* of {p}x{p}: .* to {H}x{W}$'
+        with pytest.raises(ValueError, match=message):
+            grid_of(size, p)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])

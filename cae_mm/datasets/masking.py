@@ -59,10 +59,14 @@ class CAEMaskGenerator(BaseTransform):
         results['mask'] = self.generate(grid_of(image.shape[:2], self.patch_size))
         return results
 
+    def count_masked(self, patches: int) -> int:
+        """Number of patches to hide; 0.6 of 900 is 540, though 0.6 * 30 * 30 is 539.99... ."""
+        return math.floor(self.mask_ratio * patches + 1e-9)
+
     def generate(self, grid: Grid) -> np.ndarray:
         """Draw one mask for ``grid`` (rows, columns)."""
         h, w = grid
-        num_masked = int(self.mask_ratio * h * w)
+        num_masked = self.count_masked(h * w)
         if num_masked == 0:
             raise ValueError(f'mask_ratio={self.mask_ratio} hides no patch of a {h}x{w} grid')
         mask = np.zeros(grid, dtype=bool)

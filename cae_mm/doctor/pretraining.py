@@ -119,7 +119,7 @@ def check_transforms(case: Case) -> Iterator[Finding]:
                 text = 'pixel targets come from view 1: view 2 is made for nothing'
                 yield case.finding('note', f'{key}.second_size', text, 'set second_size=None')
         elif isinstance(step, CAEMaskGenerator) and step.strategy == 'block':
-            masked = int(step.mask_ratio * patches)
+            masked = step.count_masked(patches)
             if step.min_block > masked > 0:
                 text = f'blocks of {step.min_block} do not fit: {masked} of {patches} are masked'
                 remedy = f'set min_block={max(masked // 6, 1)}, in proportion to 16 of 98'
