@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from PIL import Image
 
 from cae_mm.datasets.resizing import INTERPOLATIONS, WIDTH_STEP, resize
@@ -22,24 +24,34 @@ def rng():
     return np.random.default_rng(0)
 
 
-def smooth(H, W):
+def smooth(H, W, phase=0.0):
     """A picture without extremes, whose channels differ."""
     rows, columns = np.mgrid[:H, :W]
-    waves = [np.sin(rows / 5 + c) * np.cos(columns / (4 + c)) for c in range(3)]
+    waves = [np.sin(rows / 5 + c + phase) * np.cos(columns / (4 + c)) for c in range(3)]
     return np.stack([128 + 80 * wave for wave in waves], axis=-1).astype(np.uint8)
 
 
 @pytest.mark.parametrize('interpolation', INTERPOLATIONS)
-@pytest.mark.parametrize(('before', 'after'), SIZES)
-def test_equals_pillow(before, after, interpolation):
-    image = smooth(*before)
+@given(
+    before=st.tuples(st.integers(1, 200), st.integers(1, 200)),
+    # few heights: torch compiles Lanczos' sums for each of them
+    after=st.tuples(st.sampled_from([3, 8, 32, 48]), st.integers(1, 70)),
+    phase=st.floats(0, 7),
+    steps=st.tuples(*[st.sampled_from([1, -1])] * 3),
+)
+@example((40, WIDTH_STEP), (40, WIDTH_STEP), 0.0, (1, 1, 1))
+@example((1, 1), (3, 2), 0.0, (1, 1, 1))
+def test_any_size_equals_pillow(interpolation, before, after, phase, steps):
+    """Of views that run backwards too: flipped images, and BGR as a view of RGB."""
+    image = smooth(*before, phase)[tuple(slice(None, None, step) for step in steps)]
     [resized] = resize(image, [(after, interpolation)])
-    theirs = Image.fromarray(image).resize(after[::-1], Image.Resampling[interpolation.upper()])
+    how = Image.Resampling[interpolation.upper()]
+    theirs = Image.fromarray(image.copy()).resize(after[::-1], how)
     assert resized.dtype == np.uint8
     assert resized.shape == (*after, 3)
     difference = np.abs(resized - np.asarray(theirs, dtype=float))
     assert difference.max() <= 2  # Pillow rounds its weights and between two passes
-    assert (difference > 1).mean() < 0.001
+    assert (difference > 1).mean() < 0.01
 
 
 def lanczos_matrix(n_in, n_out):
@@ -70,17 +82,6 @@ def test_all_values_are_kept(interpolation):
         image = np.full((70, 90, 3), value, dtype=np.uint8)
         [resized] = resize(image, [((16, 12), interpolation)])
         assert (resized == value).all()
-
-
-@pytest.mark.parametrize('interpolation', INTERPOLATIONS)
-@pytest.mark.parametrize('step', [(1, 1, -1), (1, -1, 1), (-1, -1, -1)])
-def test_views_that_run_backwards(rng, interpolation, step):
-    """Flipped images, and BGR as a view of RGB: as their copies are resized."""
-    image = rng.integers(256, size=(60, 75, 3), dtype=np.uint8)
-    view = image[tuple(slice(None, None, s) for s in step)]
-    [resized] = resize(view, [((24, 32), interpolation)])
-    [expected] = resize(view.copy(), [((24, 32), interpolation)])
-    np.testing.assert_allclose(resized, expected, atol=1)
 
 
 @pytest.mark.parametrize('interpolation', INTERPOLATIONS)
