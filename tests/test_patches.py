@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from cae_mm.patches import gather_tokens, grid_of, patchify, split_mask, to_pair, unpadded_grids
 
-
 sides = st.integers(1, 7)
 seeds = st.integers(0, 2**32 - 1)
 

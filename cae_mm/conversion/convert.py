@@ -162,7 +162,8 @@ def translate(
             '--decoder-heads does'
         )
     remarks += _complete(ours, description)
-    _check_fit(ours, description, neck, rules)
+    taken = [rule for rule in rules if rule.pooled in (None, pooled)]
+    _check_fit(ours, description, neck, taken)
     _check_duplicates(translated, description)
     return Conversion(ours, source, description, neck, translated.counts, remarks)
 

@@ -61,7 +61,7 @@ def describe_weights(
         img_size=img_size,
         pretrain_img_size=img_size,
         use_rel_pos_bias=bool(tables),
-        final_norm='backbone.norm.weight' in state,
+        final_norm=any(key.startswith('backbone.norm.') for key in state),
         pooled_norm=pooled_norm,
     )
     return description, remarks

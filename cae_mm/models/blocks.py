@@ -199,7 +199,7 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
-        hidden = int(dim * mlp_ratio)
+        hidden = round(dim * mlp_ratio)
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
