@@ -55,16 +55,18 @@ def test_what_a_killed_process_left_of_a_line_is_cut_off(tmp_path, size):
     assert images.path.read_text() == 'first\tx\nsecond\tx\nthird\tx\n'
 
 
-def write(path, first):
+def write(path, start):
     images = UnreadableList(path)
-    for i in range(first, first + 200):
+    start.wait()
+    for i in range(500):
         images.add([Unreadable(str(i), 'x')])
 
 
 def test_many_writers(tmp_path):
     path = tmp_path / 'a.txt'
     context = multiprocessing.get_context('fork')
-    writers = [context.Process(target=write, args=(path, 100 * i)) for i in range(4)]
+    start = context.Barrier(4)
+    writers = [context.Process(target=write, args=(path, start)) for _ in range(4)]
     for writer in writers:
         writer.start()
     for writer in writers:
