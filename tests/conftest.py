@@ -5,6 +5,7 @@ from collections import OrderedDict
 import pytest
 from hypothesis import settings
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 
 # the same cases in each run; no limit of time, as machines are shared
@@ -22,3 +23,13 @@ def no_default_scope(monkeypatch):
 def plain_config_text(monkeypatch):
     """Leave out yapf, which formats each config five times a run and takes most of the time."""
     monkeypatch.setattr(Config, 'pretty_text', property(repr))
+
+
+@pytest.fixture
+def log(caplog, monkeypatch):
+    """What mmengine's logger says, which does not propagate to pytest's; new, not that of a run."""
+    monkeypatch.setattr(MMLogger, '_instance_dict', OrderedDict())
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)

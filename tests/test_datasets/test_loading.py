@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from bad_files import UNREADABLE, huge_jpeg, jpeg_frame, jpeg_segment, noise, write_unreadable
 from mmengine.dataset import Compose
-from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.io import decode_jpeg
@@ -281,15 +280,6 @@ def test_bomb_raises_with_its_path(tmp_path, monkeypatch):
 def test_other_errors_are_not_swallowed(tmp_path):
     with pytest.raises(KeyError, match='img_path'):
         LoadImage(on_error='skip')({})
-
-
-@pytest.fixture
-def log(caplog):
-    """What mmengine's logger says, which does not propagate to pytest's."""
-    logger = MMLogger.get_current_instance()
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 @pytest.mark.parametrize('kind', ['zero-byte', 'truncated-jpeg', 'bad-chunk', 'vanished'])

@@ -17,7 +17,6 @@ from builders import ROOT, make_images, run_tool
 from hypothesis import given
 from hypothesis import strategies as st
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS, RUNNERS
 from mmengine.runner import Runner
@@ -47,15 +46,6 @@ def shards(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp('shards')
     run_tool('make_shards.py', folder, out, '--shard-mb', 0.005)
     return out
-
-
-@pytest.fixture
-def log(caplog):
-    """What mmengine's logger says, which does not propagate to pytest's."""
-    logger = MMLogger.get_current_instance()
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def dataset(root, on_error='raise', **options):

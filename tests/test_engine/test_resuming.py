@@ -88,6 +88,7 @@ def test_a_run_that_is_told_to_end_saves_first(tmp_path):
     process = start(run, kind, tmp_path / 'run', workers=2, **changes)
     noted = tmp_path / 'run.losses0'
     while not (noted.exists() and noted.read_text().count('\n') >= 2):
+        assert process.is_alive()
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)
     process.join()
