@@ -57,7 +57,8 @@ def huge_png(path: Path) -> None:
 
 def huge_jpeg(path: Path, before: bytes = b'', kind: int = 0xC2, behind: bytes = b'') -> None:
     """The beginning of a JPEG of 60,000 x 60,000 pixels, with other segments around its size."""
-    path.write_bytes(b'\xff\xd8' + before + jpeg_frame(kind, HUGE, HUGE) + behind)
+    scan = jpeg_segment(0xDA, bytes(10))  # without which Pillow 12 takes it for no image
+    path.write_bytes(b'\xff\xd8' + before + jpeg_frame(kind, HUGE, HUGE) + behind + scan)
 
 
 # what cannot be read: how to write it, and what the error says

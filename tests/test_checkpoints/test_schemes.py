@@ -151,6 +151,7 @@ def test_texts_of_configs_are_left_out_and_nothing_else(tmp_path):
     )
 
 
+@pytest.mark.filterwarnings('ignore:You are using `torch.load` with:FutureWarning')  # torch 2.4
 def test_the_documented_way_back(tmp_path):
     """docs/checkpoints.md: for one's own files, mmengine's loader can be put back."""
     path = hostile(tmp_path)
