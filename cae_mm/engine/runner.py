@@ -2,8 +2,10 @@
 
 import os
 import subprocess
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -37,6 +39,7 @@ from cae_mm.engine.sharding import (
     shard_model,
     shard_optimizer_state,
 )
+from cae_mm.engine.watch import RESERVE, TIMEOUT, Watch, watched
 from cae_mm.models.cae import CAE
 from cae_mm.models.sync_batch_norm import replace_sync_batch_norm
 from cae_mm.registry import RUNNERS
@@ -61,8 +64,11 @@ class CAERunner(Runner):
 
     Before it is built it applies the config's ``settings`` and fits workers, batch, gathering of
     gradients and process group to the machine. It says in the log what it changed. Numbers of the
-    log are read from the device when they are written, not in each step.
+    log are read from the device when they are written, not in each step. Several processes watch
+    over each other, ``env_cfg.dist_cfg.timeout`` seconds.
     """
+
+    watch: Watch | None = None
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> 'CAERunner':
@@ -116,13 +122,17 @@ class CAERunner(Runner):
 
     def setup_env(self, env_cfg: dict[str, Any]) -> None:
         """Set up processes; mmengine takes a GPU for granted, here they may be on CPUs."""
+        dist_cfg = dict(env_cfg.get('dist_cfg') or {})
+        self.timeout = dist_cfg.get('timeout') or TIMEOUT
+        dist_cfg['timeout'] = self.timeout + RESERVE
         on_cpus = self.distributed and not torch.cuda.is_available()
         if on_cpus and not torch.distributed.is_initialized():
             if self._launcher == 'slurm':
                 _name_processes_of_slurm()
-            torch.distributed.init_process_group('gloo')
+            limit = timedelta(seconds=dist_cfg['timeout'])
+            torch.distributed.init_process_group('gloo', timeout=limit)
             torch.set_num_threads(_count_cores(self._launcher))
-        super().setup_env(env_cfg)
+        super().setup_env(dict(env_cfg, dist_cfg=dist_cfg))
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
         """Wrap a model for several processes, unless ``train`` is to shard it."""
@@ -189,18 +199,30 @@ class CAERunner(Runner):
 
     def train(self) -> nn.Module:
         """Train, if the data is there."""
-        for warning in check_datasets(self.cfg):
-            self.logger.warning(warning)
-        if self.distributed and self.cfg.get('fsdp'):
-            self._init_model_weights()
-            shard_model(self.model)
-        with explained_worker_faults():
+        with self._guarded():
+            for warning in check_datasets(self.cfg):
+                self.logger.warning(warning)
+            if self.distributed and self.cfg.get('fsdp'):
+                self._init_model_weights()
+                shard_model(self.model)
             return super().train()
 
     def test(self) -> dict[str, float]:
         """Test."""
-        with explained_worker_faults():
+        with self._guarded():
             return super().test()
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Name what data workers and other processes die of."""
+        with watched(self.timeout) as self.watch, explained_worker_faults():
+            yield
+
+    def call_hook(self, fn_name: str, **options: Any) -> None:
+        """Call the hooks at a point that all processes pass."""
+        if self.watch:
+            self.watch.pass_point(fn_name, self.iter)
+        super().call_hook(fn_name, **options)
 
 
 def fit_config(cfg: Config) -> list[str]:

@@ -4,6 +4,7 @@ mmengine reads these files with a function that falls back to executing pickles,
 happens to fit.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from cae_mm.checkpoints.description import KEY
 from cae_mm.checkpoints.files import Checkpoint, read_checkpoint
 from cae_mm.checkpoints.pretrained import check_share, find_file, log_match, match_weights
-from cae_mm.checkpoints.whole import check_whole, find_last_whole
+from cae_mm.checkpoints.whole import check_whole, find_last_whole, list_checkpoints
 from cae_mm.engine.processes import on_main_process
 from cae_mm.models.description import describe_model
 from cae_mm.registry import HOOKS
@@ -59,11 +60,24 @@ class SafeLoadHook(Hook):
         if runner._has_loaded or str(runner._load_from).startswith(SCHEME):
             return
         name = type(runner.model).__name__
+        if isinstance(runner._train_loop, BaseLoop) and is_restarted():
+            self._keep_files(runner)
         if runner._resume:
             runner._load_from = on_main_process(self._find, runner, name)
             runner._resume = runner._load_from is not None
         elif runner._load_from is not None:
             runner._load_from = f'{SCHEME}{find_file(runner._load_from, name)}'
+
+    def _keep_files(self, runner: Runner) -> None:
+        """Go on from what a run that torchrun started again has written, not from its beginning."""
+        if not on_main_process(list_checkpoints, Path(runner.work_dir)):
+            return
+        if not runner._resume:
+            raise ValueError(
+                f'torchrun has started this run again, and {runner.work_dir} has checkpoints: add '
+                '--resume to the command, so that it goes on from the last'
+            )
+        runner._load_from = None  # of --resume FILE, where the first run began
 
     def _find(self, runner: Runner, name: str) -> str | None:
         """Name the checkpoint to resume from."""
@@ -103,6 +117,11 @@ class SafeLoadHook(Hook):
             forget_files_elsewhere(checkpoint, Path(runner.work_dir))
         checkpoint['state_dict'] = match.matched
         log_match(model, match, path)
+
+
+def is_restarted() -> bool:
+    """Whether ``torchrun --max-restarts`` has started this process in place of one that failed."""
+    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
 
 
 def forget_files_elsewhere(checkpoint: dict[str, Any], work_dir: Path) -> None:

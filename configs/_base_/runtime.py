@@ -24,7 +24,7 @@ log_processor = dict(
 env_cfg = dict(
     cudnn_benchmark=True,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
-    dist_cfg=dict(backend='nccl'),
+    dist_cfg=dict(backend='nccl', timeout=600),  # seconds: docs/reliability.md
 )
 visualizer = dict(
     type='mmpretrain.UniversalVisualizer', vis_backends=[dict(type='LocalVisBackend')]

@@ -1,0 +1,45 @@
+"""Of two processes one is killed, stopped, stalls or has no memory: the other says so and ends."""
+
+import os
+import re
+import signal
+
+import pytest
+from watched_runs import start_two
+
+# which process has what fault, and what the other says; seconds until nobody gets on
+FAULTS = {
+    ('killed', 1): ('no sign of life of rank 1 (process {} on .*It was killed', 40),
+    ('stopped', 0): ('no sign of life of rank 0 (process {} on .*or stopped', 40),
+    ('stalled', 1): ('nobody has got on for 6 s; the others wait for rank 1 (process {}', 6),
+    ('circles', 1): ('nobody has got on for 6 s; the others wait for rank 1 (process {}', 6),
+    ('memory', 1): ("rank 1 failed (process {} .*can't allocate memory.*Take less", 40),
+    ('memory', 0): ("rank 0 failed (process {} .*can't allocate memory.*Take less", 40),
+}
+
+
+@pytest.fixture(scope='module')
+def ended(tmp_path_factory):
+    """Status of the other process, number of the one with the fault, and what the other said."""
+    folder = tmp_path_factory.mktemp('faults')
+    pairs = {}
+    for (kind, rank), (_, timeout) in FAULTS.items():
+        pairs[kind, rank] = start_two(kind, folder / f'{kind}{rank}', timeout, rank=rank)
+    results = {}
+    for (kind, rank), pair in pairs.items():
+        other, faulty = pair[1 - rank], pair[rank]
+        other.join(60)
+        if faulty.is_alive():
+            os.kill(faulty.pid, signal.SIGKILL)
+        faulty.join()
+        said = (folder / f'{kind}{rank}/err{1 - rank}').read_text()
+        results[kind, rank] = other.exitcode, faulty.pid, said
+    return results
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_the_other_ends_and_names_it(fault, ended):
+    status, number, said = ended[fault]
+    told = f'rank {1 - fault[1]} ends: {FAULTS[fault][0].format(number)}'.replace('(', r'\(')
+    assert status == 1
+    assert re.search(told, said, re.DOTALL), said
