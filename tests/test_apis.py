@@ -125,6 +125,8 @@ def test_inferencers_are_those_of_the_frameworks(case, tmp_path):
     found = infer([IMAGE], **{folder: str(tmp_path)})
     if scope == 'mmpretrain':
         assert isinstance(infer, mmpretrain.ImageClassificationInferencer)
+        own = mmpretrain.ImageClassificationInferencer(cfg, pretrained=str(path), device='cpu')
+        assert np.array_equal(own(IMAGE)[0]['pred_scores'], found[0]['pred_scores'])
         assert found[0]['pred_class'] == CLASSES[scope]['classes'][found[0]['pred_label']]
     elif scope == 'mmseg':
         assert isinstance(infer, mmseg.apis.MMSegInferencer)

@@ -44,7 +44,7 @@ class LoadImage(BaseTransform):
     """Read ``img_path`` into ``img``: uint8 with shape (H, W, 3), BGR as in all of OpenMMLab.
 
     A dataset that has the file's content already gives it as ``img_bytes``; ``img_path`` then is
-    only what errors and logs name.
+    only what errors and logs name. An ``img`` that an inferencer has read already stays as it is.
 
     Grayscale, palette, CMYK and alpha images become RGB as Pillow converts them, EXIF orientation
     is applied, and 16-bit images are scaled to 8 bits (mmcv's Pillow backend clips them). Float
@@ -64,6 +64,8 @@ class LoadImage(BaseTransform):
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
         """Load one image; None lets the dataset draw another."""
+        if 'img' in results:
+            return results
         path = results['img_path']
         try:
             content = results.pop('img_bytes', None)

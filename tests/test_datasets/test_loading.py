@@ -376,6 +376,11 @@ def test_file_list(tmp_path):
     assert [sample['gt_label'] for sample in labelled] == [1, 0]
 
 
+def test_image_that_was_read_already_stays():
+    image = np.zeros((2, 3, 3), np.uint8)
+    assert LoadImage()(dict(img=image, img_shape=(2, 3)))['img'] is image
+
+
 SMALL = jpeg_frame(0xC0, 8, 8)
 
 
