@@ -10,6 +10,7 @@ from typing import Any
 from mmengine.dist import get_rank
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
+from cae_mm.datasets.unreadable import collecting_unreadable
 from cae_mm.seeds import DATA, seed_everything_for
 
 # what a loader is made of beside data and order
@@ -39,12 +40,22 @@ class SeededDataset:
     """
 
     def __init__(self, dataset: Any) -> None:
-        self.__dict__['dataset'] = dataset
+        self.__dict__.update(dataset=dataset, reports=False)
+
+    def report_unreadable(self) -> None:
+        """Let the first sample of a batch say which images were skipped; else the log does."""
+        self.__dict__['reports'] = True
 
     def __getitems__(self, batch: Batch) -> list[Any]:
         """Read a batch; torch's loaders prefer this to single items."""
         seed_everything_for(*batch.seed)
-        return [self.dataset[index] for index in batch]
+        if not self.reports:
+            return [self.dataset[index] for index in batch]
+        with collecting_unreadable() as found:
+            samples = [self.dataset[index] for index in batch]
+        if found:
+            samples[0]['data_samples'].set_metainfo(dict(unreadable=found))
+        return samples
 
     def __getitem__(self, index: int) -> Any:
         return self.dataset[index]

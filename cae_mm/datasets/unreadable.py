@@ -2,10 +2,10 @@
 
 import fcntl
 import json
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Unreadable(NamedTuple):
@@ -15,38 +15,23 @@ class Unreadable(NamedTuple):
     reason: str
 
 
-_found: list[Unreadable] | None = None  # of this process since the last batch, if they are reported
+_found: list[Unreadable] | None = None  # of this process, while a batch is read that reports them
 
 
-class ReportUnreadable:
-    """A collate function that says with the first sample which images were skipped meanwhile.
-
-    ``LoadImage`` can hand back an image or nothing, so it leaves here what it skipped; from the
-    moment that there is such a function, in the processes that begin after it too.
-
-    Args:
-        collate: Makes a batch of samples.
-    """
-
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        global _found
-        _found = []
-        self.collate = collate
-
-    def __call__(self, samples: list[Any]) -> Any:
-        """Make the batch."""
-        global _found
-        found, _found = _found, []
-        if found:
-            samples[0]['data_samples'].set_metainfo(dict(unreadable=found))
-        return self.collate(samples)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.collate,)  # in a process that is spawned it begins anew
+@contextmanager
+def collecting_unreadable() -> Iterator[list[Unreadable]]:
+    """Collect what ``LoadImage``, which can hand back an image or nothing, skips meanwhile."""
+    global _found
+    found: list[Unreadable] = []
+    _found = found
+    try:
+        yield found
+    finally:
+        _found = None
 
 
 def get_found() -> list[Unreadable] | None:
-    """Where to leave an image that is skipped; None if nobody reports it."""
+    """Where to leave an image that is skipped; None if nobody collects them."""
     return _found
 
 

@@ -7,7 +7,7 @@ from mmengine.dist import barrier, is_main_process, master_only
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from cae_mm.datasets.unreadable import ReportUnreadable, UnreadableList
+from cae_mm.datasets.unreadable import UnreadableList
 from cae_mm.registry import HOOKS
 
 
@@ -17,7 +17,7 @@ class UnreadableImagesHook(Hook):
 
     Paths and reasons come with the batches (``LoadImage`` with ``on_error='skip'``), from all
     workers and processes, also of images that were drawn in their place. A run that is resumed
-    goes on with its list.
+    goes on with its list. It needs a ``CAERunner``, whose loader reports them.
 
     Args:
         limit: Share of unreadable images, among those that a process tried, that ends the run.
@@ -34,8 +34,7 @@ class UnreadableImagesHook(Hook):
         if runner.iter == 0 and is_main_process():
             path.unlink(missing_ok=True)
         barrier()
-        loader: Any = runner.train_dataloader
-        loader.collate_fn = ReportUnreadable(loader.collate_fn)
+        runner.train_dataloader.dataset.report_unreadable()
         self.list = UnreadableList(path)
         self.tried = self.skipped = 0
 

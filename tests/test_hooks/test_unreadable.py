@@ -9,6 +9,7 @@ from data_runs import data_config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
+from cae_mm.datasets.unreadable import get_found
 from cae_mm.engine import CAERunner
 
 RUNS = count()
@@ -25,11 +26,6 @@ class RecordPaths(Hook):
         runner.paths.append([sample.img_path for sample in data_batch['data_samples']])
 
 
-@pytest.fixture(autouse=True)
-def unreported(monkeypatch):
-    monkeypatch.setattr('cae_mm.datasets.unreadable._found', None)
-
-
 def train(root, work_dir, epochs=1, resume=False, **options):
     """Train on a folder with the hook, whose options begin with ``hook_``."""
     hook = {key[5:]: options.pop(key) for key in list(options) if key.startswith('hook_')}
@@ -42,6 +38,7 @@ def train(root, work_dir, epochs=1, resume=False, **options):
     cfg.update(log_level='WARNING', resume=resume, experiment_name=f'unreadable-{next(RUNS)}')
     runner = CAERunner.from_cfg(cfg)
     runner.train()
+    assert get_found() is None  # what is read afterwards is not collected
     return runner
 
 
