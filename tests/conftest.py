@@ -3,7 +3,7 @@
 from collections import OrderedDict
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
@@ -11,6 +11,9 @@ from mmengine.registry import DefaultScope
 # the same cases in each run; no limit of time, as machines are shared
 settings.register_profile('tests', derandomize=True, max_examples=40, deadline=None)
 settings.load_profile('tests')
+# for tests/mutants.py: what fails need not be made small
+phases = (Phase.explicit, Phase.generate)
+settings.register_profile('mutants', settings.get_profile('tests'), phases=phases)
 
 
 @pytest.fixture(autouse=True)
