@@ -12,7 +12,7 @@ VENV := $(VENV_$(STACK))
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak lock lint check bench format clean-setup
+.PHONY: help setup demo test soak mutants lock lint check bench format clean-setup
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ check: lint test  ## Lint and test; continuous integration does so with EXTRAS=a
 
 soak: setup  ## Inject faults for as long as it takes, and print what happened (docs/reliability.md)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/soak -x -q
+
+mutants: setup  ## Break the code in 300 small ways and count what the tests notice; an hour
+	OMP_NUM_THREADS=1 $(RUN) -W ignore tests/mutants.py
 
 lock: setup  ## Renew constraints/onedl-hashes.txt after a change of versions; uses uv
 	$(RUN) -m pip install --quiet uv==0.13.9

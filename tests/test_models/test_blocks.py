@@ -17,6 +17,7 @@ from cae_mm.models.blocks import (
     linear_drop_path,
     trunc_normal_,
 )
+from cae_mm.models.functional import DropPath
 
 
 def tokens(*counts):
@@ -107,6 +108,11 @@ def test_drop_path_skips_branches_of_whole_images():
     assert (same.sum(0) == 1).all()
     expected = torch.tensor([0.25 * 0.25, 0.25 * 0.75, 0.75 * 0.25, 0.75 * 0.75])
     assert (same.float().mean(1) - expected).abs().max() < 0.1
+
+
+def test_drop_path_keeps_the_number_format():
+    x = torch.ones(4, 3, 8, dtype=torch.bfloat16)
+    assert DropPath(0.5).train()(x, x).dtype == torch.bfloat16
 
 
 def test_linear_drop_path():

@@ -28,6 +28,12 @@ def maps_of(height, width, count=4, batch=2):
     ]
 
 
+def test_default_is_for_the_base_encoder():
+    with torch.device('meta'):
+        maps = ViTFeaturePyramid()([torch.empty(1, 768, 2, 4)])
+    assert [tuple(x.shape) for x in maps] == [(1, 768, n, 2 * n) for n in (8, 4, 2, 1)]
+
+
 def twice(x, p, name):
     return F.conv_transpose2d(x, p[f'{name}.weight'], p[f'{name}.bias'], stride=2)
 
