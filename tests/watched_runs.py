@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from interrupted import run, start
+from interrupted import CAE, run, start
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from cae_mm.engine import runner, watch
 
@@ -61,3 +62,23 @@ def _run_one(rank: int, port: int, folder: Path, timeout: float, fault: dict[str
         watch.SILENT = 100 * watch.BEATS  # beats are few milliseconds here
         runner.RESERVE = 2
     run('linear', folder / 'run', 2, hooks=[fault], env_cfg=dict(dist_cfg=dict(timeout=timeout)))
+
+
+def launch(folder: Path, faults: list[dict[str, Any]], **changes: Any) -> None:
+    """Train in two forked processes of torchrun's agent, which starts both again after a fault."""
+    config = LaunchConfig(
+        *(1, 1, 2),
+        rdzv_backend='c10d',
+        rdzv_endpoint='localhost:0',
+        start_method='fork',
+        max_restarts=len(faults),
+        monitor_interval=0.1,
+    )
+    elastic_launch(config, _run_launched)(folder, faults, changes)
+
+
+def _run_launched(folder: Path, faults: list[dict[str, Any]], changes: dict[str, Any]) -> None:
+    os.environ |= dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')
+    hooks = [*CAE['hooks'], *(dict(type='Fault', **fault) for fault in faults)]
+    dist = dict(dist_cfg=dict(timeout=40))
+    run('cae', folder, 2, **CAE | changes | dict(hooks=hooks, env_cfg=dist))

@@ -30,7 +30,7 @@ from cae_mm.engine.data import (
 )
 from cae_mm.engine.loops import ResumableEpochLoop, ResumableIterLoop
 from cae_mm.engine.message_hub import DeferredMessageHub
-from cae_mm.engine.processes import on_main_process
+from cae_mm.engine.processes import on_main_process, rendezvous_after_restart
 from cae_mm.engine.settings import LOADERS, apply_settings
 from cae_mm.engine.sharding import (
     check_sharding,
@@ -125,14 +125,15 @@ class CAERunner(Runner):
         dist_cfg = dict(env_cfg.get('dist_cfg') or {})
         self.timeout = dist_cfg.get('timeout') or TIMEOUT
         dist_cfg['timeout'] = self.timeout + RESERVE
-        on_cpus = self.distributed and not torch.cuda.is_available()
-        if on_cpus and not torch.distributed.is_initialized():
+        starts = self.distributed and not torch.distributed.is_initialized()
+        rendezvous = rendezvous_after_restart() if starts else {}
+        if starts and not torch.cuda.is_available():
             if self._launcher == 'slurm':
                 _name_processes_of_slurm()
             limit = timedelta(seconds=dist_cfg['timeout'])
-            torch.distributed.init_process_group('gloo', timeout=limit)
+            torch.distributed.init_process_group('gloo', timeout=limit, **rendezvous)
             torch.set_num_threads(_count_cores(self._launcher))
-        super().setup_env(dict(env_cfg, dist_cfg=dist_cfg))
+        super().setup_env(dict(env_cfg, dist_cfg=dist_cfg | rendezvous))
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
         """Wrap a model for several processes, unless ``train`` is to shard it."""

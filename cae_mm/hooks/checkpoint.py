@@ -4,10 +4,10 @@ mmengine reads these files with a function that falls back to executing pickles,
 happens to fit.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
+from mmengine.dist import all_gather_object
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import BaseLoop, Runner
@@ -18,7 +18,7 @@ from cae_mm.checkpoints.description import KEY
 from cae_mm.checkpoints.files import Checkpoint, read_checkpoint
 from cae_mm.checkpoints.pretrained import check_share, find_file, log_match, match_weights
 from cae_mm.checkpoints.whole import check_whole, find_last_whole, list_checkpoints
-from cae_mm.engine.processes import on_main_process
+from cae_mm.engine.processes import count_restarts, on_main_process
 from cae_mm.models.description import describe_model
 from cae_mm.registry import HOOKS
 
@@ -60,7 +60,7 @@ class SafeLoadHook(Hook):
         if runner._has_loaded or str(runner._load_from).startswith(SCHEME):
             return
         name = type(runner.model).__name__
-        if isinstance(runner._train_loop, BaseLoop) and is_restarted():
+        if isinstance(runner._train_loop, BaseLoop) and any(all_gather_object(count_restarts())):
             self._keep_files(runner)
         if runner._resume:
             runner._load_from = on_main_process(self._find, runner, name)
@@ -117,11 +117,6 @@ class SafeLoadHook(Hook):
             forget_files_elsewhere(checkpoint, Path(runner.work_dir))
         checkpoint['state_dict'] = match.matched
         log_match(model, match, path)
-
-
-def is_restarted() -> bool:
-    """Whether ``torchrun --max-restarts`` has started this process in place of one that failed."""
-    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
 
 
 def forget_files_elsewhere(checkpoint: dict[str, Any], work_dir: Path) -> None:

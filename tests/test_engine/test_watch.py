@@ -5,7 +5,8 @@ import re
 import signal
 
 import pytest
-from watched_runs import start_two
+from interrupted import CAE, read_losses, run, same_weights
+from watched_runs import launch, start_two
 
 # which process has what fault, and what the other says; seconds until nobody gets on
 FAULTS = {
@@ -43,3 +44,19 @@ def test_the_other_ends_and_names_it(fault, ended):
     told = f'rank {1 - fault[1]} ends: {FAULTS[fault][0].format(number)}'.replace('(', r'\(')
     assert status == 1
     assert re.search(told, said, re.DOTALL), said
+
+
+def test_torchrun_brings_a_run_to_the_same_weights(tmp_path, monkeypatch):
+    """One process is killed in the middle of an epoch; without --resume nothing is overwritten."""
+    launch(tmp_path / 'whole', [])
+    fault = dict(kind='killed', at=4, rank=0, file=str(tmp_path / 'fault'))
+    launch(tmp_path / 'killed', [fault], resume=True)
+    for rank in range(2):
+        whole, killed = (read_losses(tmp_path / name, rank) for name in ('whole', 'killed'))
+        assert killed == whole and len(whole) == 9
+    same_weights(*(tmp_path / name / 'epoch_3.pth' for name in ('whole', 'killed')))
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    with pytest.raises(
+        ValueError, match='started this run again, and .*killed has .* add --resume'
+    ):
+        run('cae', tmp_path / 'killed', **CAE)
