@@ -10,6 +10,7 @@
 # PYTHON          the interpreter (python)
 # SIGNAL          what Slurm sends, and how many seconds before the time is up (USR1@120): the run
 #                 saves and ends with status 75
+# RESTARTS        how often a queued job may have run again for one that failed to be queued, too (0)
 #
 # A queued job (sbatch --requeue) is then queued again, and a job that runs again goes on with
 # --resume, after preemption or a node that failed, too: docs/scaling.md.
@@ -51,7 +52,7 @@ srun \
   "${srun_args[@]}" \
   "${PYTHON:-python}" -u "$root/tools/train.py" "$config" --launcher slurm \
   "$@" "${resume[@]}" || status=$?
-if ((status == 75)) && [[ -n ${SLURM_JOB_ID:-} ]]; then
+if ((status == 75 || (status && ${SLURM_RESTART_COUNT:-0} < ${RESTARTS:-0}))) && [[ -n ${SLURM_JOB_ID:-} ]]; then
   scontrol requeue "$SLURM_JOB_ID" || true  # it says why not
 fi
 exit "$status"

@@ -244,9 +244,12 @@ def test_slurm_script_trains_on_two_nodes(options, tmp_path):
     ]
 
 
-@pytest.mark.parametrize(('status', 'restarts'), [(75, 1), (75, 0), (1, 1)])
-def test_slurm_script_queues_again_what_has_saved(status, restarts, tmp_path):
-    """And a job that was queued again goes on where it was."""
+@pytest.mark.parametrize(
+    ('status', 'restarts', 'allowed'),
+    [(75, 1, 0), (75, 0, 0), (1, 1, 0), (1, 1, 2), (1, 2, 2), (0, 0, 2)],
+)
+def test_slurm_script_queues_again_what_may_go_on(status, restarts, allowed, tmp_path):
+    """A job that was queued again goes on where it was."""
     log = tmp_path / 'log'
     for name, code in (('srun', status), ('scontrol', 0)):
         (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {log}\nexit {code}\n')
@@ -255,13 +258,14 @@ def test_slurm_script_queues_again_what_has_saved(status, restarts, tmp_path):
         PATH=f'{tmp_path}:{os.environ["PATH"]}',
         SLURM_JOB_ID='7',
         SLURM_RESTART_COUNT=str(restarts),
+        RESTARTS=str(allowed),
         SIGNAL='TERM@30',
     )
     command = [ROOT / 'tools/slurm_train.sh', 'gpu', 'name', CONFIG, '--amp']
     assert subprocess.run(command, env=os.environ | environment).returncode == status
     first, *others = log.read_text().splitlines()
-    assert '--signal=TERM@30' in first and first.endswith('--amp' + ' --resume' * restarts)
-    assert others == ['scontrol requeue 7'] * (status == 75)
+    assert '--signal=TERM@30' in first and first.endswith('--amp' + ' --resume' * bool(restarts))
+    assert others == ['scontrol requeue 7'] * (status == 75 or status == 1 and restarts < allowed)
 
 
 @pytest.mark.parametrize(
