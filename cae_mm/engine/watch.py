@@ -48,8 +48,9 @@ class Sign:
     Args:
         name: Where it runs.
         beats: Number of the sign.
-        points: Hook points it has passed since its first step; all processes pass the same.
-        where: The last of them.
+        points: Begins and ends of steps it has passed since its first one, which are the same
+            in all processes.
+        where: The last hook point.
         place: The line of Python at which its training is.
         waits: Whether it waits for the others there.
         failure: The error that ends it, if it has one of its own.
@@ -72,8 +73,8 @@ class Watch:
     """Watches over the other processes until it is stopped.
 
     Args:
-        timeout: Seconds after which a run ends in which nobody gets on: no process passes a hook
-            point or comes to another line of Python. Who gives no sign is missed after a tenth.
+        timeout: Seconds after which a run ends in which nobody gets on: no process begins or ends a
+            step or comes to another line of Python. Who gives no sign is missed after a tenth.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -100,7 +101,7 @@ class Watch:
 
     def pass_point(self, name: str, iteration: int) -> None:
         """Note that the training has come to a hook point."""
-        if self.points or name.endswith('_iter') and name.startswith('after'):
+        if name.endswith('_iter') and (self.points or name.startswith('after')):
             self.points += 1  # from the first step on, which may be compiled for long
         self.where = f'{name}, iteration {iteration + 1}'
 

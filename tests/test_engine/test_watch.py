@@ -12,7 +12,7 @@ from watched_runs import launch, start_two
 FAULTS = {
     ('killed', 1): ('no sign of life of rank 1 (process {} on .*It was killed', 40),
     ('stopped', 0): ('no sign of life of rank 0 (process {} on .*or stopped', 40),
-    ('stalled', 1): ('nobody has got on for 6 s; the others wait for rank 1 (process {}', 6),
+    ('stalled', 0): ('nobody has got on for 6 s; the others wait for rank 0 (process {}', 6),
     ('circles', 1): ('nobody has got on for 6 s; the others wait for rank 1 (process {}', 6),
     ('memory', 1): ("rank 1 failed (process {} .*can't allocate memory.*Take less", 40),
     ('memory', 0): ("rank 0 failed (process {} .*can't allocate memory.*Take less", 40),
