@@ -164,7 +164,8 @@ class CAE(BaseSelfSupervisor):
         z_m = self.neck.regress(z_v, ids_v, ids_m, grid)  # [B, M, D]
         y_m = self.neck.decode(z_m, ids_m, grid)  # [B, M, K]
         losses = self.head.loss(y_m, y_target, z_m, z_target)
-        return losses | {'latent_std': latent_std(z_m.detach(), ids_m, grid[0] * grid[1])}
+        std = latent_std(z_m.detach(), ids_m, grid[0] * grid[1])
+        return {**losses, 'latent_std': std}  # torch 2.4 compiles no `|` of dicts
 
     def _loss_of_both(
         self, inputs: Sequence[Tensor], ids_v: Tensor, ids_m: Tensor, grid: Grid

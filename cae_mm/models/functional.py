@@ -29,11 +29,11 @@ def attention(
         Tensor with shape (B, M, D).
     """
     q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
-    on_cpu, half = q.device.type == 'cpu', q.dtype in (torch.bfloat16, torch.float16)
+    on_cpu, needs_grad = q.device.type == 'cpu', torch.is_grad_enabled() and q.requires_grad
     if on_cpu and bias is not None and bias.requires_grad:
         x = _attention_with_learned_bias(q, k, v, bias)
-    elif on_cpu and half and bias is None and torch.is_grad_enabled() and q.requires_grad:
-        x = _HalfAttentionOnCPU.apply(q, k, v)
+    elif on_cpu and q.dtype == torch.bfloat16 and bias is None and needs_grad:
+        x = _BFloat16AttentionOnCPU.apply(q, k, v)
     else:
         if bias is not None and bias.is_floating_point():
             bias = bias.to(q.dtype)
@@ -41,7 +41,7 @@ def attention(
     return x.transpose(1, 2).flatten(2)
 
 
-class _HalfAttentionOnCPU(torch.autograd.Function):
+class _BFloat16AttentionOnCPU(torch.autograd.Function):
     """Fused attention whose backward pass runs in float32.
 
     On CPUs torch's backward kernel is three times slower in bfloat16 than in float32.

@@ -50,7 +50,7 @@ class CAEPretrainHead(BaseModule):
             'loss_main': self._main(y_m, y_target),
             'loss_align': self.align_weight * F.mse_loss(z_m, z_target),
         }
-        return losses | self._metrics(y_m, y_target, z_m, z_target)
+        return {**losses, **self._metrics(y_m, y_target, z_m, z_target)}
 
     def _main(self, y_m: Tensor, y_target: Tensor) -> Tensor:
         if not y_target.is_floating_point():

@@ -6,6 +6,7 @@ References:
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -181,7 +182,7 @@ class CAEViT(PretrainedModule):
         grid = grid_of(images.shape[-2:], p)
         x = self._embed(images, grid)
         outs, last = [], max(self.out_indices)
-        for i, block in enumerate(self.blocks[: last + 1]):
+        for i, block in enumerate(islice(self.blocks, last + 1)):  # torch 2.4 exports no slice
             only_cls = i == last and self.out_type == 'cls_token'
             x = run_block(block, self.with_cp, x, grid, 1 if only_cls else None)
             if i in self.out_indices:

@@ -204,6 +204,7 @@ def test_what_cannot_be_sharded_is_named(tmp_path, monkeypatch):
     settings = dict(settings=dict(fsdp=True))
     cfg = run_config('cae', tmp_path, 1, **settings)
     cfg.model = cae_config(teacher_momentum=0.9)
+    monkeypatch.setattr(sharding, 'fully_shard', lambda module: module)
     with pytest.raises(ValueError, match='settings.fsdp .* model.teacher_momentum .*: choose one'):
         fit_config(cfg)
     monkeypatch.setattr(sharding, 'fully_shard', None)

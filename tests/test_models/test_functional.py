@@ -86,6 +86,7 @@ def test_scaled_linear_under_autocast():
     with torch.autocast('cpu', torch.bfloat16):
         half = x.bfloat16()
         y = scaled_linear(half, linear, gamma, gelu=True)
+    with torch.autocast('cpu', torch.bfloat16):  # torch 2.4 would take the weight cast above
         expected = gamma * linear(F.gelu(half))
     inputs = [x, linear.weight, linear.bias, gamma]
 
@@ -120,11 +121,10 @@ def test_attention_and_its_gradients_in_float64():
         assert torch.allclose(actual, wanted, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_attention_in_half_precision_on_a_cpu(dtype):
-    """Its backward pass in float32 is no worse than that of torch in half precision."""
-    halves, exact = make_qkv(dtype), make_qkv(torch.float64)
-    grad = torch.randn(2, 7, 8).to(dtype)
+def test_attention_in_bfloat16_on_a_cpu():
+    """Its backward pass in float32 is no worse than that of torch in bfloat16."""
+    halves, exact = make_qkv(torch.bfloat16), make_qkv(torch.float64)
+    grad = torch.randn(2, 7, 8).bfloat16()
 
     y = attention(*halves, 2)
     expected = attend_by_hand(*exact, 2)
