@@ -28,7 +28,8 @@ BEATS = 200  # signs of each process in that time
 SILENT, SHORT = 20, 5  # missed signs of one that is gone; where an operation has failed already
 # of operations that fail because another process did
 COLLECTIVES = ('gloo', 'nccl', 'processgroup', 'connection closed', 'connection reset', 'tcpstore')
-WAITING = ('/torch/distributed/', '/torch/autograd/graph.py')  # DDP reduces in the backward pass
+# files of torch in which a process waits; DDP reduces in the backward pass
+WAITING = ('/torch/distributed/', '/torch/nn/parallel/distributed.py', '/torch/autograd/graph.py')
 MEMORY = ('out of memory', 'MemoryError', "can't allocate memory")
 REMEDIES = {
     'failed': 'Mend that, and start again with --resume',
