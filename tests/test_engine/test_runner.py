@@ -361,3 +361,9 @@ def test_shards_that_are_taken_for_files_are_named(tmp_path):
     message = f'{tmp_path} holds shards: set settings.shards to it, not data_root'
     with pytest.raises(ValueError, match=message):
         CAERunner.from_cfg(cfg).train()
+
+
+def test_timeout_that_is_no_number_is_named(tmp_path):
+    cfg = toy(work_dir=str(tmp_path), env_cfg=dict(dist_cfg=dict(timeout='10 min')))
+    with pytest.raises(ValueError, match="env_cfg.dist_cfg.timeout .* seconds, not '10 min'"):
+        RUNNERS.build(cfg)
