@@ -105,3 +105,16 @@ def test_defaults_of_a_config(views):
     got = MODELS.build(cfg)(dict(inputs=views))['inputs']
     expected = CAEDataPreprocessor()(dict(inputs=views))['inputs']
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_copies_to_a_device_do_not_wait():
+    copied = []
+
+    class View(torch.Tensor):
+        def to(self, *_, non_blocking=False, **__):
+            copied.append(non_blocking)
+            return self
+
+    view = torch.zeros(1, 3, 2, 2).as_subclass(View)
+    CAEDataPreprocessor()(dict(inputs=view))
+    assert copied == [True]

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 
 from cae_mm.models import DALLEDecoder, DALLEEncoder, DiscreteVAE, RGBTarget
+from cae_mm.models.targets.dalle import Conv2d
 
 GRID = (2, 3)
 IDS = torch.tensor([[0, 4], [5, 1]])
@@ -87,6 +88,12 @@ def test_dalle_encoder_has_the_published_structure():
     x = torch.rand(2, 3, 32, 16, dtype=torch.float64)
     got = encoder.classify(encoder.encode_features(x).movedim(1, -1)).movedim(-1, 1)
     torch.testing.assert_close(got, naive_dalle(encoder, x))
+
+
+def test_dalle_weights_start_with_the_published_deviation():
+    torch.manual_seed(0)
+    weight = Conv2d(64, 32, 3).w
+    assert weight.std().item() == pytest.approx((64 * 3 * 3) ** -0.5, rel=0.02)
 
 
 def test_published_sizes_by_default():
