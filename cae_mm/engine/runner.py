@@ -125,7 +125,7 @@ class CAERunner(Runner):
         dist_cfg = dict(env_cfg.get('dist_cfg') or {})
         self.timeout = dist_cfg.get('timeout') or TIMEOUT
         if not isinstance(self.timeout, int | float):
-            raise ValueError(f'env_cfg.dist_cfg.timeout is a number of seconds, not {self.timeout!r}')
+            raise ValueError(f'env_cfg.dist_cfg.timeout is a time in seconds, not {self.timeout!r}')
         dist_cfg['timeout'] = self.timeout + RESERVE
         starts = self.distributed and not torch.distributed.is_initialized()
         rendezvous = rendezvous_after_restart() if starts else {}
