@@ -46,7 +46,8 @@ def test_containers_and_arrays(protocol):
 @pytest.mark.parametrize('protocol', PROTOCOLS[1:])  # torch's storages need a binary one
 def test_tensors(tmp_path, protocol, zipped):
     base = torch.arange(12.0)
-    content = {str(d): torch.tensor([1, 0], dtype=d) for d in (torch.half, torch.bool, torch.long)}
+    types = (torch.half, torch.bool, torch.long, torch.int8, torch.uint8, torch.complex64)
+    content = {str(dtype): torch.tensor([1, 0], dtype=dtype) for dtype in types}
     content |= {
         'brain': torch.tensor([1.5], dtype=torch.bfloat16),
         'view': base.view(3, 4).T[1:],
@@ -99,6 +100,10 @@ def test_only_new_objects_take_a_state(function, state):
     with pytest.raises(ValueError, match='it sets the state of .* not allowed there'):
         read(function + state + b'b.')
     assert [dict(vars(kind)) for kind in (HistoryBuffer, argparse.Namespace, Shell)] == before
+
+
+def test_text_of_python_2_may_have_any_letter():
+    assert read(b'\x80\x02U\x02\xc3\xa9.') == 'é'  # a str of two bytes
 
 
 F8 = b"cnumpy\ndtype\n(S'%s'\nI00\nI00\ntR(K\x03S'>'\n%sI-1\nI-1\nI%d\ntb."

@@ -125,6 +125,7 @@ def test_a_run_killed_while_it_writes_keeps_the_file_before(share, tmp_path):
     assert process.exitcode == -signal.SIGKILL
     names = {path.name for path in (tmp_path / 'run').glob('*.pth*')}
     assert names == {'epoch_1.pth', 'epoch_2.pth.unfinished'}
+    (tmp_path / 'run/epoch_9.pth.unfinished').touch()  # which is not written again
     run('linear', tmp_path / 'run', checkpoint=dict(max_keep_ckpts=1), resume=True)
     assert len(read_losses(tmp_path / 'run')) == 18
     assert {path.name for path in (tmp_path / 'run').glob('*.pth*')} == {'epoch_3.pth'}
