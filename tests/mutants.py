@@ -45,7 +45,12 @@ TESTS = {
     'models/vit': ['models/vit_dense', 'models/parity'],
     'datasets/shard_index': ['datasets/shards', 'tools/make_shards'],
     'datasets/unreadable': ['hooks/unreadable'],
-    'checkpoints/*': ['checkpoints/load_pretrained', 'checkpoints/unpickler', 'hooks/safe_load'],
+    'checkpoints/*': [
+        'checkpoints/files',
+        'checkpoints/load_pretrained',
+        'checkpoints/unpickler',
+        'hooks/safe_load',
+    ],
     'checkpoints/whole': ['engine/resuming'],
 }
 SWAPS: dict[type, type] = {
