@@ -207,6 +207,7 @@ KNOWN: dict[str, Any] = {
     'numpy.dtype': Number,
     'numpy.ndarray': 'ndarray',  # named to _reconstruct, never called
     'torch.Size': _make_tuple,
+    'torch.Tensor': 'Tensor',  # named to _rebuild_from_type_v2, never called
     'torch.device': torch.device,
     'torch._tensor._rebuild_from_type_v2': _rebuild_subclass,
     'torch._utils._rebuild_parameter': lambda data, *_: data,

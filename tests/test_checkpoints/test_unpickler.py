@@ -159,11 +159,15 @@ def test_getattr_has_no_use(tmp_path):
             read_plain_pickle(tmp_path / 'a.pth')
 
 
-def test_subclasses_of_tensors_are_read_as_tensors(tmp_path):
+def test_tensors_with_attributes_are_read_as_tensors(tmp_path):
     weight = torch.nn.Parameter(torch.ones(2))
     weight.note = 'x'
-    torch.save({'a': weight}, tmp_path / 'a.pth')
-    assert read_plain_pickle(tmp_path / 'a.pth')['a'].tolist() == [1, 1]
+    tensor = torch.arange(2)
+    tensor.note = 'x'
+    torch.save({'a': weight, 'b': tensor}, tmp_path / 'a.pth')
+    content = read_plain_pickle(tmp_path / 'a.pth')
+    assert content['a'].tolist() == [1, 1] and content['b'].tolist() == [0, 1]
+    assert not hasattr(content['b'], 'note')
 
 
 def test_other_archives_are_refused(tmp_path):
