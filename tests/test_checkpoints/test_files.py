@@ -1,11 +1,14 @@
 """Files of weights and what they say of their encoder."""
 
+import os
+
 import torch
 from safetensors import safe_open
 
 from cae_mm.checkpoints import EncoderDescription, read_checkpoint
 from cae_mm.checkpoints.description import KEY
 from cae_mm.checkpoints.files import write_safetensors
+from cae_mm.checkpoints.whole import list_checkpoints
 
 ENCODER = EncoderDescription(
     embed_dims=8,
@@ -40,3 +43,14 @@ def test_descriptions_of_other_versions():
     del content['to_rgb'], content['std']
     assert EncoderDescription.from_dict(content | {'later': 1}) == ENCODER
     assert ENCODER.to_rgb and ENCODER.std is None
+
+
+def test_the_last_checkpoint_is_the_youngest(tmp_path):
+    """Not the one that comes last by name; others' files do not count."""
+    for age, name in enumerate(('epoch_10.pth', 'iter_700.pth', 'epoch_9.pth', 'best_11.pth')):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    names = ['epoch_10.pth', 'iter_700.pth', 'epoch_9.pth']
+    assert [path.name for path in list_checkpoints(tmp_path)] == names
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_700.pth'))
+    assert [path.name for path in list_checkpoints(tmp_path)] == [names[1], names[0], names[2]]

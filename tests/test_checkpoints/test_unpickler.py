@@ -253,3 +253,9 @@ def test_compressed_records_are_refused(tmp_path, method):
             packed.writestr(name, plain.read(name))
     with pytest.raises(ValueError, match='b.pth was refused, .*larger than what the file holds'):
         read_plain_pickle(tmp_path / 'b.pth')
+
+
+def test_keys_whose_hash_may_take_for_ever_are_refused():
+    with pytest.raises(ValueError, match='it has tuples of tuples as keys'):
+        read(pickle.dumps({((1,),): 2}))
+    assert read(pickle.dumps({(1, 'a'): 2})) == {(1, 'a'): 2}

@@ -194,3 +194,12 @@ def test_rgb_targets_may_be_normalised_per_patch():
     targets = RGBTarget(norm_patch=True).targets(torch.rand(2, 3, 8, 12), IDS, GRID)
     torch.testing.assert_close(targets.mean(-1), torch.zeros(2, 2), rtol=0, atol=1e-5)
     torch.testing.assert_close(targets.var(-1), torch.ones(2, 2), rtol=1e-3, atol=0)
+
+
+def test_patches_of_one_colour_have_finite_targets():
+    targets = RGBTarget(norm_patch=True).targets(torch.full((2, 3, 8, 12), 0.5), IDS, GRID)
+    assert torch.equal(targets, torch.zeros_like(targets))
+
+
+def test_pixels_of_a_patch():
+    assert RGBTarget().out_dims(16) == 768
