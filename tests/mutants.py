@@ -44,6 +44,7 @@ TESTS = {
     'models/targets/*': ['models/targets', 'tools/convert_dalle'],
     'models/vit': ['models/vit_dense', 'models/parity'],
     'datasets/shard_index': ['datasets/shards', 'tools/make_shards'],
+    'datasets/resumable': ['engine/resuming', 'hooks/unreadable'],
     'datasets/unreadable': ['hooks/unreadable'],
     'checkpoints/*': [
         'checkpoints/files',
