@@ -82,7 +82,8 @@ def shrink(cfg: Config, images: Path, work_dir: Path) -> Config:
         cfg.model.update(dvae)
         return cfg
     cfg.model.backbone.arch = dict(**SMALL, depth=2, layer_scale=0.1)
-    cfg.model.neck.update(in_dims=16, **SMALL, regressor_depth=1, decoder_depth=1)
+    depths = {name: min(cfg.model.neck[name], 1) for name in ('regressor_depth', 'decoder_depth')}
+    cfg.model.neck.update(in_dims=16, **SMALL, **depths)
     target = cfg.model.target_generator
     target.pop('init_cfg', None)
     if target.type != 'cae_mm.RGBTarget':

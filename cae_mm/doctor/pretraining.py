@@ -84,7 +84,7 @@ def _numbers(values: Any, digits: int) -> str:
 def _check_layer_scale(case: Case, key: str, mean: float) -> Iterator[Finding]:
     """Layer scales grow in training, CAE-L's from 1e-5, but nothing makes them shrink."""
     arch = case.get('model.backbone.arch', 'base')
-    initial = (ARCHS[arch] if isinstance(arch, str) else arch)['layer_scale']
+    initial = (ARCHS[arch] if isinstance(arch, str) else arch)['layer_scale'] or 1.0
     if 1 / MAX_LAYER_SCALE_FACTOR <= mean / initial <= MAX_LAYER_SCALE_FACTOR:
         return
     level = 'warning' if mean < initial else 'note'

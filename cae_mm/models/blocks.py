@@ -216,7 +216,8 @@ class Block(nn.Module):
         num_heads: Number of attention heads.
         mlp_ratio: Hidden width of the MLP over D.
         drop_path: Probability to skip a residual branch of an image.
-        layer_scale: Initial value of the two learned per-channel scales.
+        layer_scale: Initial value of the two learned per-channel scales; None for no layer scale:
+            ones that are not learned, so that files of either kind fit.
         bias_grid: Grid of the relative position bias, None for none.
         window_size: Side of the windows of attention in patches, None for global attention.
     """
@@ -228,7 +229,7 @@ class Block(nn.Module):
         *,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
-        layer_scale: float = 0.1,
+        layer_scale: float | None = 0.1,
         bias_grid: Grid | None = None,
         window_size: int | None = None,
     ) -> None:
@@ -240,8 +241,7 @@ class Block(nn.Module):
             self.attn = WindowAttention(dim, num_heads, window_size)
         self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, mlp_ratio)
-        self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale))
-        self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale))
+        self.gamma_1, self.gamma_2 = make_layer_scale(dim, layer_scale)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, grid: Grid | None = None, queries: int | None = None) -> Tensor:
@@ -256,6 +256,13 @@ class Block(nn.Module):
         branch = self.attn(self.norm1(x), grid, self.gamma_1, queries)
         x = self.drop_path(x[:, :queries], branch)
         return self.drop_path(x, self.mlp(self.norm2(x), self.gamma_2))
+
+
+def make_layer_scale(dim: int, value: float | None) -> tuple[nn.Parameter, nn.Parameter]:
+    """Scales of a block's two branches, each of shape (dim,): learned from ``value``, or 1."""
+    start = torch.full((dim,), 1.0 if value is None else value)
+    learned = value is not None
+    return nn.Parameter(start, learned), nn.Parameter(start.clone(), learned)
 
 
 def run_block(block: nn.Module, with_cp: bool, x: Tensor, *args: Any) -> Tensor:

@@ -68,6 +68,11 @@ class CAE(BaseSelfSupervisor):
         self.target_generator.requires_grad_(False)
         self._register_state_dict_hook(_leave_out_target_generator)
         self.register_load_state_dict_post_hook(_ignore_missing_target_generator)
+        if complementary_masks and not self.neck.regressor:
+            raise ValueError(
+                'complementary_masks takes alignment targets from the encoder, which sees mask '
+                'tokens too with neck.regressor_depth=0: choose one of the two'
+            )
         self.complementary_masks = complementary_masks
         self.teacher_momentum = teacher_momentum
         self.teacher: Any = None
@@ -78,6 +83,11 @@ class CAE(BaseSelfSupervisor):
                 raise ValueError(
                     'complementary_masks takes alignment targets from the encoder, '
                     'teacher_momentum from a teacher: choose one of the two'
+                )
+            if not self.head.align_weight:
+                raise ValueError(
+                    'teacher_momentum is for the alignment, which head.align_weight=0 leaves out: '
+                    'choose one of the two'
                 )
             self.teacher = deepcopy(self.backbone).requires_grad_(False)
             self.teacher.positions = self.backbone.positions  # which loading may change
@@ -146,9 +156,11 @@ class CAE(BaseSelfSupervisor):
         images = inputs[0]
         with torch.no_grad():  # before the rest: no activations are held yet, the peak is lower
             y_target = self.make_target(inputs, ids_m, grid)  # [B, M] or [B, M, K]
-        z_v = self.encode(images, ids_v)  # [B, V, D]
-        with torch.no_grad():  # after the line above, whose weights autocast has cast already
-            z_target = self.align_target(images, ids_m)  # [B, M, D]
+        z_v = self.encode(images, ids_v, self.neck.mask_tokens(ids_m, grid))  # [B, V, D]
+        z_target = None
+        if self.head.align_weight:
+            with torch.no_grad():  # after `encode`, whose weights autocast has cast already
+                z_target = self.align_target(images, ids_m)  # [B, M, D]
         return self._predict(z_v, ids_v, ids_m, grid, y_target, z_target)
 
     def _predict(
@@ -158,7 +170,7 @@ class CAE(BaseSelfSupervisor):
         ids_m: Tensor,
         grid: Grid,
         y_target: Tensor,
-        z_target: Tensor,
+        z_target: Tensor | None,
     ) -> dict[str, Tensor]:
         """Predict the masked patches from the visible ones' latents and compare with targets."""
         z_m = self.neck.regress(z_v, ids_v, ids_m, grid)  # [B, M, D]
@@ -187,10 +199,19 @@ class CAE(BaseSelfSupervisor):
         other = self._predict(z_m, ids_m, ids_v, grid, y_v, z_v)
         return {name: (one[name] + other[name]) / 2 for name in one}
 
-    def encode(self, images: Tensor, ids: Tensor, teacher: bool = False) -> Tensor:
-        """Latents of the patches ``ids`` at the regressor's width, without class token."""
+    def encode(
+        self,
+        images: Tensor,
+        ids: Tensor,
+        mask_tokens: Tensor | None = None,
+        teacher: bool = False,
+    ) -> Tensor:
+        """Latents of the patches ``ids``, then of mask tokens if any, without class token.
+
+        They have the regressor's width.
+        """
         encoder = self.teacher if teacher else self.backbone
-        return self.neck.project(encoder.forward_features(images, ids)[:, 1:])
+        return self.neck.project(encoder.forward_features(images, ids, mask_tokens)[:, 1:])
 
     def align_target(self, images: Tensor, ids_m: Tensor) -> Tensor:
         """Latents that the encoder, seeing only the masked patches, gives to them."""
@@ -222,7 +243,8 @@ class CAE(BaseSelfSupervisor):
             Logits or pixels of the masked patches in row-major order, shape (B, M, K).
         """
         grid, ids_v, ids_m = self._split(images, mask)
-        z_m = self.neck.regress(self.encode(images, ids_v), ids_v, ids_m, grid)
+        z_v = self.encode(images, ids_v, self.neck.mask_tokens(ids_m, grid))
+        z_m = self.neck.regress(z_v, ids_v, ids_m, grid)
         return self.neck.decode(z_m, ids_m, grid)
 
     def extract_feat(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:

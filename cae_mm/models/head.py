@@ -20,15 +20,27 @@ class CAEPretrainHead(BaseModule):
     error.
 
     Args:
-        align_weight: lambda of the paper, 2; 1 and 1.5 are slightly worse (paper, section 4.5).
+        align_weight: lambda of the paper, 2; 1 and 1.5 are slightly worse (paper, section 4.5). 0:
+            without alignment, whose target is then not computed.
+        main_weight: Weight of the reconstruction loss. 0 leaves the alignment alone, which
+            collapses (paper, section 4.5); there is no other use for another value than 1.
+        norm_target: Whether each patch's alignment target is brought to mean 0 and variance 1, as
+            in data2vec (arXiv 2202.03555). An option of this project, the paper has none.
     """
 
-    def __init__(self, align_weight: float = 2.0) -> None:
+    def __init__(
+        self,
+        align_weight: float = 2.0,
+        main_weight: float = 1.0,
+        norm_target: bool = False,
+    ) -> None:
         super().__init__()
         self.align_weight = align_weight
+        self.main_weight = main_weight
+        self.norm_target = norm_target
 
     def loss(
-        self, y_m: Tensor, y_target: Tensor, z_m: Tensor, z_target: Tensor
+        self, y_m: Tensor, y_target: Tensor, z_m: Tensor, z_target: Tensor | None
     ) -> dict[str, Tensor]:
         """Compute losses and metrics over the masked patches.
 
@@ -36,21 +48,32 @@ class CAEPretrainHead(BaseModule):
             y_m: Decoder output, shape (B, M, K): logits of K tokens, or K pixel values.
             y_target: Tokens, int64 with shape (B, M), or pixels, float with shape (B, M, K).
             z_m: Latents predicted by the regressor, shape (B, M, D).
-            z_target: Latents that the encoder gives to them, shape (B, M, D).
+            z_target: Latents that the encoder gives to them, shape (B, M, D); None if
+                ``align_weight`` is 0.
 
         Returns:
             ``loss_main`` and ``loss_align``, whose sum is minimised, and metrics without gradient:
             ``align_cos`` (mean cosine of predicted and encoded latents) and, for tokens,
             ``token_acc`` (share of right tokens, [0, 1]) and ``target_codes`` (number of different
-            tokens among the targets of this batch).
+            tokens among the targets of this batch). Without alignment there is neither
+            ``loss_align`` nor ``align_cos``.
         """
-        y_m, z_m = at_least_float32(y_m), at_least_float32(z_m)
+        y_m = at_least_float32(y_m)
+        loss_main = self.main_weight * self._main(y_m, y_target)
+        aligned = self._align(z_m, z_target) if self.align_weight else {}
+        return {'loss_main': loss_main, **aligned, **self._token_metrics(y_m, y_target)}
+
+    def _align(self, z_m: Tensor, z_target: Tensor | None) -> dict[str, Tensor]:
+        assert z_target is not None
+        z_m = at_least_float32(z_m)
         z_target = z_target.detach().to(z_m.dtype)
-        losses = {
-            'loss_main': self._main(y_m, y_target),
+        if self.norm_target:
+            z_target = F.layer_norm(z_target, z_target.shape[-1:])
+        cosine = F.cosine_similarity(z_m.detach(), z_target, dim=-1)
+        return {
             'loss_align': self.align_weight * F.mse_loss(z_m, z_target),
+            'align_cos': cosine.mean(),
         }
-        return {**losses, **self._metrics(y_m, y_target, z_m, z_target)}
 
     def _main(self, y_m: Tensor, y_target: Tensor) -> Tensor:
         if not y_target.is_floating_point():
@@ -63,15 +86,14 @@ class CAEPretrainHead(BaseModule):
         return F.mse_loss(y_m, y_target.to(y_m.dtype))
 
     @torch.no_grad()
-    def _metrics(
-        self, y_m: Tensor, y_target: Tensor, z_m: Tensor, z_target: Tensor
-    ) -> dict[str, Tensor]:
-        metrics = {'align_cos': F.cosine_similarity(z_m, z_target, dim=-1).mean()}
-        if not y_target.is_floating_point():
-            seen = y_m.new_zeros(y_m.shape[-1]).scatter_(0, y_target.flatten(), 1.0)
-            metrics['token_acc'] = (y_m.argmax(-1) == y_target).float().mean()
-            metrics['target_codes'] = seen.sum()
-        return metrics
+    def _token_metrics(self, y_m: Tensor, y_target: Tensor) -> dict[str, Tensor]:
+        if y_target.is_floating_point():
+            return {}
+        seen = y_m.new_zeros(y_m.shape[-1]).scatter_(0, y_target.flatten(), 1.0)
+        return {
+            'token_acc': (y_m.argmax(-1) == y_target).float().mean(),
+            'target_codes': seen.sum(),
+        }
 
 
 def latent_std(z_m: Tensor, ids_m: Tensor, num_patches: int) -> Tensor:

@@ -18,6 +18,7 @@ from cae_mm.models.blocks import (
     Mlp,
     init_linear_and_norm,
     linear_drop_path,
+    make_layer_scale,
     run_block,
     trunc_normal_,
 )
@@ -40,7 +41,7 @@ class RegressorBlock(nn.Module):
         *,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
-        layer_scale: float = 0.1,
+        layer_scale: float | None = 0.1,
     ) -> None:
         super().__init__()
         self.norm_q = LayerNorm(dim)
@@ -49,8 +50,7 @@ class RegressorBlock(nn.Module):
         self.attn = CrossAttention(dim, num_heads)
         self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, mlp_ratio)
-        self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale))
-        self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale))
+        self.gamma_1, self.gamma_2 = make_layer_scale(dim, layer_scale)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x_m: Tensor, z_v: Tensor, pos_m: Tensor, pos: Tensor) -> Tensor:
@@ -77,13 +77,15 @@ class CAENeck(BaseModule):
         in_dims: Width of the encoder.
         embed_dims: Width D of regressor and decoder.
         num_heads: Number of attention heads.
-        regressor_depth: Number of cross-attention blocks.
-        decoder_depth: Number of self-attention blocks.
+        regressor_depth: Number of cross-attention blocks. 0: no regressor, the encoder predicts
+            from mask tokens among its input, as in BEiT (arXiv 2106.08254).
+        decoder_depth: Number of self-attention blocks. 0: no decoder, a linear layer predicts the
+            targets (paper, section 4.5 "Decoder and alignment").
         out_dims: Size of the vocabulary, or values per patch for pixel targets.
         mlp_ratio: Hidden width of the MLPs over the width.
         drop_path_rate: Drop path of the last block of either; grows linearly from 0.
         layer_scale: Initial layer scale of either. The paper's L uses 1e-5 like its encoder; in
-            the official code the flag never arrives and L has 0.1.
+            the official code the flag never arrives and L has 0.1. None for no layer scale.
         with_cp: Recompute each block's activations in the backward pass to save memory.
     """
 
@@ -98,10 +100,15 @@ class CAENeck(BaseModule):
         out_dims: int = 8192,
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
-        layer_scale: float = 0.1,
+        layer_scale: float | None = 0.1,
         with_cp: bool = False,
     ) -> None:
         super().__init__()
+        if not regressor_depth and in_dims != embed_dims:
+            raise ValueError(
+                f'regressor_depth=0 puts mask tokens into the encoder: embed_dims is {embed_dims}, '
+                f'but must be {in_dims}, as in_dims'
+            )
         self.with_cp = with_cp
         self.in_dims = in_dims
         self.out_dims = out_dims
@@ -115,12 +122,12 @@ class CAENeck(BaseModule):
             RegressorBlock(embed_dims, num_heads, drop_path=rate, **options)
             for rate in linear_drop_path(drop_path_rate, regressor_depth)
         )
-        self.regressor_norm = LayerNorm(embed_dims)
+        self.regressor_norm = LayerNorm(embed_dims) if regressor_depth else nn.Identity()
         self.decoder = nn.ModuleList(
             Block(embed_dims, num_heads, drop_path=rate, **options)
             for rate in linear_drop_path(drop_path_rate, decoder_depth)
         )
-        self.decoder_norm = LayerNorm(embed_dims)
+        self.decoder_norm = LayerNorm(embed_dims) if decoder_depth else nn.Identity()
         self.output = nn.Linear(embed_dims, out_dims)
 
     def init_weights(self) -> None:
@@ -132,11 +139,16 @@ class CAENeck(BaseModule):
         """Bring latents of the encoder, shape (B, L, in_dims), to width D."""
         return self.projection(z)
 
+    def mask_tokens(self, ids_m: Tensor, grid: Grid) -> Tensor | None:
+        """Mask tokens with positions for the encoder, shape (B, M, D); None with a regressor."""
+        return None if self.regressor else self.mask_token + self._positions(grid, ids_m)
+
     def regress(self, z_v: Tensor, ids_v: Tensor, ids_m: Tensor, grid: Grid) -> Tensor:
         """Predict the latents of the masked patches from those of the visible ones.
 
         Args:
-            z_v: Projected latents of the visible patches without class token, shape (B, V, D).
+            z_v: Projected latents of the visible patches without class token, shape (B, V, D);
+                where there is no regressor, followed by those of the mask tokens.
             ids_v: Indices of the visible patches, shape (B, V).
             ids_m: Indices of the masked patches, shape (B, M).
             grid: Rows and columns of patches.
@@ -144,6 +156,8 @@ class CAENeck(BaseModule):
         Returns:
             Z_m with shape (B, M, D).
         """
+        if not self.regressor:
+            return z_v[:, ids_v.shape[1] :]
         pos_v, pos_m = self._positions(grid, ids_v), self._positions(grid, ids_m)
         pos = torch.cat([pos_v, pos_m], dim=1)  # [B, V+M, D]
         x_m = self.mask_token.expand(*ids_m.shape, -1)  # [B, M, D]
@@ -162,7 +176,7 @@ class CAENeck(BaseModule):
         Returns:
             Logits or pixels with shape (B, M, out_dims).
         """
-        x = z_m + self._positions(grid, ids_m)
+        x = z_m + self._positions(grid, ids_m) if self.decoder else z_m
         for block in self.decoder:
             x = run_block(block, self.with_cp, x)
         return self.output(self.decoder_norm(x))

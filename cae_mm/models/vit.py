@@ -145,15 +145,20 @@ class CAEViT(PretrainedModule):
         self.patch_embed.init_weights()
         trunc_normal_(self.cls_token)
 
-    def forward_features(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
+    def forward_features(
+        self, images: Tensor, ids: Tensor | None = None, mask_tokens: Tensor | None = None
+    ) -> Tensor:
         """Encode the class token and the patches ``ids``; other patches are not looked at.
 
         Args:
             images: Normalised images, shape (B, C, H, W), H and W multiples of the patch size.
             ids: Indices of K patches of each image, shape (B, K), or None for all N patches.
+            mask_tokens: M tokens with their positions, shape (B, M, D), that are encoded with
+                them; None for none.
 
         Returns:
-            Tensor with shape (B, 1 + K, D) after the final norm, class token first.
+            Tensor with shape (B, 1 + K, D), or (B, 1 + K + M, D) with mask tokens, after the final
+            norm, class token first.
         """
         if ids is not None and (self.bias_grid or self.window_size):
             raise ValueError(
@@ -162,9 +167,11 @@ class CAEViT(PretrainedModule):
             )
         grid = grid_of(images.shape[-2:], self.patch_size)
         x = self._embed(images, grid, ids)
+        if mask_tokens is not None:
+            x = torch.cat([x, mask_tokens], dim=1)  # [B, 1+K+M, D]
         for block in self.blocks:
             x = run_block(block, self.with_cp, x, grid)
-        return self.norm(x)  # [B, 1+K, D]
+        return self.norm(x)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs of the blocks ``out_indices`` in the form ``out_type``.

@@ -497,6 +497,16 @@ def test_layer_scale(pretraining, classifier, pretrained, gamma, level):
     assert check(classifier) == []  # there the weights of the file are all that counts
 
 
+def test_no_layer_scale_is_one(pretraining, pretrained):
+    content = torch.load(pretrained, weights_only=True)
+    content['state_dict']['backbone.blocks.0.gamma_1'].fill_(0.05)
+    torch.save(content, pretrained)
+    findings = check(
+        pretraining, {'model.backbone.arch.layer_scale': None}, checkpoint=pretrained
+    )
+    expect(findings, 'warning', 'CHECKPOINT', 'layer scale is 0.05 on average', '1 in the arch')
+
+
 def test_missing_data(classifier, folder):
     root = 'dataset.data_root'
     for name, level in zip(LOADERS, ('error', 'error', 'warning'), strict=True):

@@ -40,8 +40,8 @@ def neck_and_latents():
 
 
 def test_mask_token_is_the_query_of_each_masked_patch():
-    """With a sentinel in its place and no blocks, M normalised sentinels come out."""
-    neck = CAENeck(in_dims=16, embed_dims=16, num_heads=2, regressor_depth=0)
+    """With a sentinel in its place and a block scaled by 0, M normalised sentinels come out."""
+    neck = CAENeck(in_dims=16, embed_dims=16, num_heads=2, regressor_depth=1, layer_scale=0.0)
     with torch.no_grad():
         neck.mask_token.copy_(torch.arange(16.0))
     _, z_v, ids_v, ids_m = neck_and_latents()
