@@ -1,4 +1,4 @@
-"""BEiT (arXiv 2106.08254) with the encoder, tokens, data, epochs and optimizer of the CAE beside it.
+"""BEiT (arXiv 2106.08254): encoder, tokens, data, epochs and optimizer of the CAE beside it.
 
 Mask tokens go into the encoder, and one linear layer reads its output. Its own is the mask (40 %).
 Positions are fixed ones as CAE's and MAE's; the paper's are relative biases.

@@ -501,9 +501,7 @@ def test_no_layer_scale_is_one(pretraining, pretrained):
     content = torch.load(pretrained, weights_only=True)
     content['state_dict']['backbone.blocks.0.gamma_1'].fill_(0.05)
     torch.save(content, pretrained)
-    findings = check(
-        pretraining, {'model.backbone.arch.layer_scale': None}, checkpoint=pretrained
-    )
+    findings = check(pretraining, {'model.backbone.arch.layer_scale': None}, checkpoint=pretrained)
     expect(findings, 'warning', 'CHECKPOINT', 'layer scale is 0.05 on average', '1 in the arch')
 
 
