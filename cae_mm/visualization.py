@@ -69,7 +69,8 @@ def paint_reconstruction(
         views: As a data loader returns them: uint8 BGR, shapes (B, 3, H, W) and (B, 3, h, w); the
             second is needed for token targets only.
         masks: Bool tensor on the host, shape (B, N), True = masked.
-        painter: For token targets, what paints them: a ``DiscreteVAE`` or a ``DALLEDecoder``.
+        painter: For token targets, what paints them: a ``DiscreteVAE``, a ``KMeansTokenizer`` or
+            a ``DALLEDecoder``.
 
     Returns:
         Titles and RGB images in [0, 1], on the host: the image, the masked input, for tokens what
@@ -93,10 +94,11 @@ def paint_reconstruction(
         painted = F.fold(patches.transpose(1, 2), image.shape[-2:], p, stride=p)  # [B, 3, H, W]
         pictures['predicted'] = _denormalize(model, painted, 0).where(hidden, image)
     else:
-        tokens = generator.tokenize(inputs[1])  # [B, h, w]
+        view = generator.view
+        tokens = generator.tokenize(inputs[view])  # [B, h, w]
         guess = tokens.flatten(1).scatter(1, ids_m, predicted.argmax(-1)).view_as(tokens)
-        pictures['true tokens'] = _denormalize(model, painter.decode_tokens(tokens), 1)
-        pictures['predicted tokens'] = _denormalize(model, painter.decode_tokens(guess), 1)
+        pictures['true tokens'] = _denormalize(model, painter.decode_tokens(tokens), view)
+        pictures['predicted tokens'] = _denormalize(model, painter.decode_tokens(guess), view)
     return {title: picture.clamp(0, 1).cpu() for title, picture in pictures.items()}
 
 

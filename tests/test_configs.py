@@ -92,6 +92,9 @@ def shrink(cfg: Config, images: Path, work_dir: Path) -> Config:
         target.update(n_hid=8, vocab_size=8, blocks_per_group=1)
     elif target.type == 'cae_mm.DiscreteVAE':
         target.update(dvae)
+    elif target.type == 'cae_mm.KMeansTokenizer':
+        target.vocab_size = 8
+        target.backbone.arch = cfg.model.backbone.arch
     return cfg
 
 
@@ -186,12 +189,13 @@ def test_recipe_of_the_paper(path):
     assert load.on_error == 'skip'  # and all that is skipped is listed
     assert dict(type='cae_mm.UnreadableImagesHook') in cfg.custom_hooks
     assert crop.flip_prob == 0.5
-    assert crop.size == 224 and crop.second_size == (None if 'rgb' in path.stem else 112)
+    one_view = 'rgb' in path.stem or 'kmeans' in path.stem
+    assert crop.size == 224 and crop.second_size == (None if one_view else 112)
     assert mask.mask_ratio == 0.5
     rgb = 'rgb' in path.stem
     assert model.neck.out_dims == (768 if rgb else 8192)
-    if rgb:
-        return  # no second view
+    if one_view:
+        return
     preprocessor = MODELS.build(model.data_preprocessor)
     white = preprocessor.means.new_tensor([255.0])
     second = (white - preprocessor.means[1].flatten()) / preprocessor.stds[1].flatten()

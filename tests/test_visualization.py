@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from builders import GRID, PATCH, build_cae, cae_config, run_tool
+from builders import GRID, PATCH, VOCAB, build_cae, cae_config, run_tool
 from mmengine.config import Config
 from PIL import Image
 
@@ -70,6 +70,23 @@ def test_picture_has_a_row_per_image_and_a_column_per_title(tmp_path):
         image = np.asarray(picture.convert('L'))
     assert image.shape == (640, 400)
     assert image[320, 100] == 0 and image[320, 300] == 255
+
+
+def test_tokens_of_the_first_view_are_painted(views, masks):
+    """A tokenizer of a second round needs no second view; true tokens show their own patches."""
+    kmeans = dict(
+        type='cae_mm.KMeansTokenizer', backbone=cae_config()['backbone'], vocab_size=VOCAB
+    )
+    model = build_cae(target_generator=kmeans).eval()
+    tokenizer = model.target_generator
+    tokenizer.patches.normal_()
+    pictures = paint_reconstruction(model, views[:1], masks, tokenizer)
+    normalised = model.data_preprocessor({'inputs': views[0]})['inputs'][0]
+    painted = tokenizer.decode_tokens(tokenizer.tokenize(normalised))
+    mean, std = model.data_preprocessor.means[0], model.data_preprocessor.stds[0]
+    expected = ((painted * std + mean) / 255).clamp(0, 1)
+    torch.testing.assert_close(pictures['true tokens'], expected)
+    assert pictures['predicted tokens'].shape == views[0].shape
 
 
 def test_reconstruct_tool_paints_a_checkpoint(tmp_path):

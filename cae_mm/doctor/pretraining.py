@@ -94,6 +94,15 @@ def _check_layer_scale(case: Case, key: str, mean: float) -> Iterator[Finding]:
     yield case.finding(level, key, f'{text}{cause}', remedy)
 
 
+def check_tokenizer(case: Case) -> Iterator[Finding]:
+    """A tokenizer with an encoder of a first round reads the images that this encoder read."""
+    for load in find_loads(case):
+        checkpoint = read_file(case, load.path) if load.module == 'target_generator' else None
+        description = case.attempt(getattr, checkpoint, 'description')
+        if isinstance(description, EncoderDescription):
+            yield from _check_normalization(case, load.path, description)
+
+
 def check_views(case: Case) -> Iterator[Finding]:
     """The second view against the range that the tokenizer was trained on."""
     if not case.pretrains or not isinstance(case.preprocessor, CAEDataPreprocessor):
@@ -116,7 +125,7 @@ def check_transforms(case: Case) -> Iterator[Finding]:
     for key, step in case.transforms.items():
         if isinstance(step, TwoViewResizedCrop):
             if len(step.views) - 1 > case.model.target_generator.view:
-                text = 'pixel targets come from view 1: view 2 is made for nothing'
+                text = 'the targets come from view 1: view 2 is made for nothing'
                 yield case.finding('note', f'{key}.second_size', text, 'set second_size=None')
         elif isinstance(step, CAEMaskGenerator) and step.strategy == 'block':
             masked = step.count_masked(patches)

@@ -15,6 +15,7 @@ CHECKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
     trial.check_build,
     weights.check_weights,
     pretraining.check_pretrained,
+    pretraining.check_tokenizer,
     pretraining.check_views,
     pretraining.check_transforms,
     training.check_learning_rate,

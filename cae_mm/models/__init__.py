@@ -8,7 +8,13 @@ from cae_mm.models.feature_pyramid import ViTFeaturePyramid
 from cae_mm.models.head import CAEPretrainHead
 from cae_mm.models.neck import CAENeck
 from cae_mm.models.probe import AttentiveProbeHead, LinearProbeHead
-from cae_mm.models.targets import DALLEDecoder, DALLEEncoder, DiscreteVAE, RGBTarget
+from cae_mm.models.targets import (
+    DALLEDecoder,
+    DALLEEncoder,
+    DiscreteVAE,
+    KMeansTokenizer,
+    RGBTarget,
+)
 from cae_mm.models.vit import CAEViT
 
 __all__ = [
@@ -21,6 +27,7 @@ __all__ = [
     'DALLEDecoder',
     'DALLEEncoder',
     'DiscreteVAE',
+    'KMeansTokenizer',
     'LinearProbeHead',
     'RGBTarget',
     'ViTFeaturePyramid',

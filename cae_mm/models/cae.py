@@ -17,6 +17,7 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 from cae_mm.models.head import latent_std
+from cae_mm.models.positions import SinCosPositions
 from cae_mm.models.targets.tokenizer import Tokenizer
 from cae_mm.patches import Grid, grid_of, split_mask
 from cae_mm.registry import MODELS
@@ -34,8 +35,8 @@ class CAE(BaseSelfSupervisor):
         backbone: The encoder, a ``CAEViT``.
         neck: Regressor and decoder, a ``CAENeck``.
         head: The losses, a ``CAEPretrainHead``.
-        target_generator: ``DALLEEncoder``, ``DiscreteVAE`` or ``RGBTarget``. Frozen here: always
-            in eval mode, outside autograd and outside checkpoints.
+        target_generator: ``DALLEEncoder``, ``DiscreteVAE``, ``KMeansTokenizer`` or ``RGBTarget``.
+            Frozen here: always in eval mode, outside autograd and outside checkpoints.
         teacher_momentum: If given, the alignment target comes from an exponential moving average
             of the encoder with this momentum instead, updated in each forward pass of training
             (with accumulation: of each micro-batch). An option of this project, the paper has
@@ -101,8 +102,9 @@ class CAE(BaseSelfSupervisor):
             options: Of ``torch.compile``, before ours: ``dynamic=False`` and ``fullgraph=True``.
         """
         device = self.backbone.cls_token.device
-        for positions in (self.backbone.positions, self.neck.positions):
-            positions(self.backbone.grid, device)  # a table made later would be a recompilation
+        for module in self.modules():
+            if isinstance(module, SinCosPositions):
+                module(self.backbone.grid, device)  # made later it would be a recompilation
         options = dict(dynamic=False, fullgraph=True) | options
         self._losses = torch.compile(self._losses, **options)  # type: ignore[method-assign]
 

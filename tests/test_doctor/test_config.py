@@ -382,6 +382,24 @@ def test_normalization_of_own_pretraining(classifier, pretraining, trained, pret
     expect(check(pretraining, {'model.backbone.init_cfg': init}), 'warning', key)
 
 
+def test_normalization_of_the_first_round(pretraining, trained, tmp_path):
+    path = tmp_path / 'tokenizer.safetensors'
+    kmeans = dict(
+        type='cae_mm.KMeansTokenizer', backbone=cae_config()['backbone'], vocab_size=VOCAB
+    )
+    encoder = replace(describe_model(trained), mean=(1.0, 2.0, 3.0))
+    state = MODELS.build(kmeans).state_dict()
+    write_safetensors(path, state, dict(encoder=encoder.to_dict()))
+    init_cfg = dict(type='Pretrained', checkpoint=str(path))
+    options = {
+        'model.target_generator': kmeans | dict(_delete_=True, init_cfg=init_cfg),
+        f'{PIPELINE}.1.second_size': None,
+    }
+    key = 'model.data_preprocessor'
+    expect(check(pretraining, options), 'warning', key, 'tokenizer.safetensors', 'mean=(1, 2, 3)')
+    assert check(pretraining, options | {f'{key}.mean': [1.0, 2.0, 3.0]}) == []
+
+
 def test_normalization_at_the_top_of_the_config(classifier):
     cfg = Config.fromfile(classifier)
     cfg.data_preprocessor = cfg.model.pop('data_preprocessor')

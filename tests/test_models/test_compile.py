@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch._dynamo
-from builders import SHALLOW, assert_same_steps, build_cae, make_batch
+from builders import SHALLOW, VOCAB, assert_same_steps, build_cae, cae_config, make_batch
 from torch._dynamo.utils import counters
 from two_processes import train
 
+KMEANS = dict(type='cae_mm.KMeansTokenizer', backbone=cae_config()['backbone'], vocab_size=VOCAB)
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')  # of torch by torch
 
 
@@ -26,8 +27,9 @@ def compiler(tmp_path, monkeypatch):
         ({}, torch.float32),
         ({}, torch.bfloat16),
         (dict(complementary_masks=True, teacher_momentum=None), torch.float32),
+        (dict(target_generator=KMEANS), torch.float32),
     ],
-    ids=['float32', 'bfloat16', 'complementary'],
+    ids=['float32', 'bfloat16', 'complementary', 'kmeans'],
 )
 def test_steps_are_compiled_once_and_whole(changes, dtype):
     """Other masks change nothing; a last, smaller batch is compiled when it comes."""

@@ -1,7 +1,8 @@
-"""Reconstruction targets: DALL-E's tokens, tokens of an own d-VAE, pixels."""
+"""Reconstruction targets: tokens of DALL-E, of an own d-VAE, of an own encoder; pixels."""
 
 from cae_mm.models.targets.dalle import DALLEDecoder, DALLEEncoder
 from cae_mm.models.targets.dvae import DiscreteVAE
+from cae_mm.models.targets.kmeans import KMeansTokenizer
 from cae_mm.models.targets.rgb import RGBTarget
 
-__all__ = ['DALLEDecoder', 'DALLEEncoder', 'DiscreteVAE', 'RGBTarget']
+__all__ = ['DALLEDecoder', 'DALLEEncoder', 'DiscreteVAE', 'KMeansTokenizer', 'RGBTarget']
