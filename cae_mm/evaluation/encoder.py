@@ -26,11 +26,14 @@ MAX_PIXELS_ON_CPU = 2**20
 class Encoder:
     """A backbone with what its config says of its images.
 
+    Features are of the last of its ``out_indices``, the last block by default.
+
     Args:
         backbone: A ``CAEViT``, or a backbone of mmpretrain that returns raw tokens or maps.
         cfg: Its config.
-        features: Which features to return: 'cls', the class token after the final norm, or
-            'mean', the mean over the patch tokens (of a convolutional net: over the map).
+        features: Which features to return: 'cls', the class token, or 'mean', the mean over
+            the patch tokens (of a convolutional net: over the map); of the last block after the
+            final norm.
         precision: Of matrix products and convolutions, see ``choose_precision``.
     """
 
@@ -68,7 +71,7 @@ class Encoder:
         x = self.normalizer({'inputs': images})['inputs'][0]
         with self.precision.autocast(self.device.type):
             if isinstance(self.backbone, CAEViT):
-                tokens, extra = self.backbone.forward_features(x), 1
+                tokens, extra = self.backbone(x, out_type='raw')[-1], 1
             else:
                 tokens = self.backbone(x, **self._whole_images)[-1]
                 extra = getattr(self.backbone, 'num_extra_tokens', 0)

@@ -11,7 +11,7 @@ import torch
 from mmpretrain.models.heads import LinearClsHead
 from torch import Tensor, nn
 
-from cae_mm.models.blocks import CrossAttention, LayerNorm, at_least_float32, init_linear_and_norm
+from cae_mm.models.blocks import CrossAttention, LayerNorm, at_least_float32
 from cae_mm.models.sync_batch_norm import SyncBatchNorm
 from cae_mm.registry import MODELS
 
@@ -69,9 +69,11 @@ class AttentiveProbeHead(LinearProbeHead):
         self.attn = CrossAttention(in_channels, num_heads)
 
     def init_weights(self) -> None:
-        """Initialise the classifier as the linear probe's, the attention as CAE's."""
+        """Initialise as the official code does, which has 0.02 for the attention."""
         super().init_weights()
-        self.attn.apply(init_linear_and_norm)
+        linear: Any
+        for linear in self.attn.children():
+            nn.init.trunc_normal_(linear.weight, std=0.02)  # cut at 100 deviations: not at all
 
     def pre_logits(self, feats: tuple[Tensor, ...]) -> Tensor:
         """Pool the last of ``feats``, tokens (B, 1 + N, D) with the class token first."""

@@ -173,12 +173,13 @@ class CAEViT(PretrainedModule):
             x = run_block(block, self.with_cp, x, grid)
         return self.norm(x)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor, out_type: str | None = None) -> tuple[Tensor, ...]:
         """Return the outputs of the blocks ``out_indices`` in the form ``out_type``.
 
         Args:
             images: Normalised images of any size, shape (B, C, H, W). Where the patch size does
                 not divide it, zeros (the mean colour) are added at the right and the bottom.
+            out_type: None for the option of this name.
 
         Returns:
             One tensor per index; the final norm is applied to the last block's output only.
@@ -187,14 +188,15 @@ class CAEViT(PretrainedModule):
         if H % p or W % p:
             images = F.pad(images, (0, -W % p, 0, -H % p))
         grid = grid_of(images.shape[-2:], p)
+        out_type = out_type or self.out_type
         x = self._embed(images, grid)
         outs, last = [], max(self.out_indices)
         for i, block in enumerate(islice(self.blocks, last + 1)):  # torch 2.4 exports no slice
-            only_cls = i == last and self.out_type == 'cls_token'
+            only_cls = i == last and out_type == 'cls_token'
             x = run_block(block, self.with_cp, x, grid, 1 if only_cls else None)
             if i in self.out_indices:
                 norm = self.norm if i == self.depth - 1 else nn.Identity()
-                outs.append(self._format(x, grid, norm))
+                outs.append(_format(x, grid, out_type, norm))
         return tuple(outs)
 
     def describe(self) -> EncoderDescription:
@@ -272,18 +274,6 @@ class CAEViT(PretrainedModule):
         cls_token = self.cls_token.expand(x.shape[0], -1, -1)  # len() is a constant when exported
         return torch.cat([cls_token, x], dim=1)  # [B, 1+K, D]
 
-    def _format(self, x: Tensor, grid: Grid, norm: nn.Module) -> Tensor:
-        if self.out_type == 'raw':
-            return norm(x)
-        if self.out_type == 'cls_token':
-            return norm(x[:, 0])
-        if self.out_type == 'avg_featmap':
-            return norm(x[:, 1:].mean(1))
-        maps = norm(x[:, 1:]).transpose(1, 2).unflatten(-1, grid)  # [B, D, h, w]
-        # mmcv's RoIAlign ignores strides, so transposed maps would pass through convolutions
-        # channels last, and be read in the wrong order: open-mmlab/mmcv#2203
-        return maps.contiguous()
-
     def _freeze_stages(self) -> None:
         if self.frozen_stages < 0:
             return
@@ -299,3 +289,16 @@ class CAEViT(PretrainedModule):
             if not -self.depth <= index < self.depth:
                 raise ValueError(f'{option} has {index}, but there are {self.depth} blocks')
         return tuple(index % self.depth for index in indices)
+
+
+def _format(x: Tensor, grid: Grid, out_type: str, norm: nn.Module) -> Tensor:
+    if out_type == 'raw':
+        return norm(x)
+    if out_type == 'cls_token':
+        return norm(x[:, 0])
+    if out_type == 'avg_featmap':
+        return norm(x[:, 1:].mean(1))
+    maps = norm(x[:, 1:]).transpose(1, 2).unflatten(-1, grid)  # [B, D, h, w]
+    # mmcv's RoIAlign ignores strides, so transposed maps would pass through convolutions
+    # channels last, and be read in the wrong order: open-mmlab/mmcv#2203
+    return maps.contiguous()

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from builders import build_cae, cae_config
@@ -70,6 +72,30 @@ def test_features_of_mae_are_those_of_whole_images(tmp_path, images):
     actual = load(cfg, tmp_path / 'mae.pth')(images)
     plain = load(classifier(VIT | dict(out_type='cls_token')), tmp_path / 'mae.pth')
     torch.testing.assert_close(actual, plain(images))
+
+
+MAE = dict(type='mmpretrain.MAEViT', arch=VIT['arch'], img_size=16, patch_size=4)
+
+
+@pytest.mark.parametrize(
+    ('cfg', 'blocks'),
+    [
+        pytest.param(Config(dict(model=cae_config())), 'blocks', id='cae'),
+        pytest.param(classifier(MAE), 'layers', id='mae'),
+        pytest.param(classifier(VIT), 'layers', id='vit'),
+    ],
+)
+def test_features_of_a_block_in_between(images, cfg, blocks):
+    """Its own output, without the final norm."""
+    cfg = copy.deepcopy(cfg)
+    cfg.model.backbone.out_indices = 0
+    encoder, seen = load(cfg), []
+    first = getattr(encoder.backbone, blocks)[0]
+    first.register_forward_hook(lambda module, args, out: seen.append(out))
+    features = encoder(images)
+    [tokens] = seen
+    expected = torch.stack([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)
+    torch.testing.assert_close(features, expected)
 
 
 def test_features_of_a_convolutional_net(images):

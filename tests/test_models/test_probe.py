@@ -154,8 +154,9 @@ def test_initialisation():
     head.init_weights()
     assert head.fc.weight.std().item() == pytest.approx(0.01, rel=0.1)
     assert not head.fc.bias.any() and not head.query_token.any()
-    bound = math.sqrt(6 / 128)  # xavier-uniform
-    assert 0.9 * bound < head.attn.q.weight.abs().max() <= bound
+    for name, param in head.attn.named_parameters():
+        std = 0.0 if name.endswith('bias') else 0.02  # official, of any width
+        assert param.std().item() == pytest.approx(std, rel=0.1), name
 
 
 def test_head_count_must_divide_the_width():
