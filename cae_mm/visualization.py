@@ -16,6 +16,7 @@ from torch import Tensor
 from cae_mm.checkpoints import load_pretrained
 from cae_mm.models import CAE
 from cae_mm.models.targets.rgb import RGBTarget, patch_statistics
+from cae_mm.models.targets.tokenizer import Tokenizer
 from cae_mm.patches import split_mask, to_pair
 
 GRAY = 0.5
@@ -45,6 +46,7 @@ def paint_files(
         raise ValueError(f'the config describes {cfg.model.type}, but pictures need cae_mm.CAE')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     model = MODELS.build(cfg.model)
+    _check_paintable(model.target_generator)
     model.target_generator.init_weights()
     load_pretrained(model, checkpoint)
     painter: Any = model.target_generator  # an own d-VAE paints its tokens, pixels need no painter
@@ -76,6 +78,7 @@ def paint_reconstruction(
         Titles and RGB images in [0, 1], on the host: the image, the masked input, for tokens what
         the true ones look like, and the prediction put into what is visible.
     """
+    _check_paintable(model.target_generator)
     preprocessor, generator = model.data_preprocessor, model.target_generator
     inputs = preprocessor({'inputs': list(views)})['inputs']
     image, grid = _denormalize(model, inputs[0], 0), model.backbone.grid
@@ -115,6 +118,14 @@ def save_pictures(pictures: dict[str, Tensor], path: str | Path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def _check_paintable(target: Any) -> None:
+    if not isinstance(target, RGBTarget | Tokenizer):
+        raise ValueError(
+            f'what a {type(target).__name__} makes of an image cannot be painted: pictures need '
+            'pixels or tokens as targets'
+        )
 
 
 def _denormalize(model: CAE, image: Tensor, view: int) -> Tensor:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = 'attentive demo finetune imagenette linear pretrain tokenizer'.split()
 CONFIGS = [path for name in FOLDERS for path in sorted((ROOT / 'configs' / name).glob('*.py'))]
 PRETRAIN = [path for path in CONFIGS if path.parent.name == 'pretrain']
+OF_VIEW_1 = ('cae_mm.RGBTarget', 'cae_mm.HOGTarget', 'cae_mm.KMeansTokenizer')
 PROBES = [path for path in CONFIGS if path.parent.name in ('linear', 'attentive')]
 FINETUNE = [path for path in CONFIGS if path.parent.name == 'finetune']
 # BatchNorm takes off what every image has, softmax what every key has; the query starts from zero
@@ -86,7 +87,7 @@ def shrink(cfg: Config, images: Path, work_dir: Path) -> Config:
     cfg.model.neck.update(in_dims=16, **SMALL, **depths)
     target = cfg.model.target_generator
     target.pop('init_cfg', None)
-    if target.type != 'cae_mm.RGBTarget':
+    if target.type not in ('cae_mm.RGBTarget', 'cae_mm.HOGTarget'):
         cfg.model.neck.out_dims = 8
     if target.type == 'cae_mm.DALLEEncoder':
         target.update(n_hid=8, vocab_size=8, blocks_per_group=1)
@@ -189,11 +190,11 @@ def test_recipe_of_the_paper(path):
     assert load.on_error == 'skip'  # and all that is skipped is listed
     assert dict(type='cae_mm.UnreadableImagesHook') in cfg.custom_hooks
     assert crop.flip_prob == 0.5
-    one_view = 'rgb' in path.stem or 'kmeans' in path.stem
+    one_view = model.target_generator.type in OF_VIEW_1
     assert crop.size == 224 and crop.second_size == (None if one_view else 112)
     assert mask.mask_ratio == 0.5
-    rgb = 'rgb' in path.stem
-    assert model.neck.out_dims == (768 if rgb else 8192)
+    outputs = {'cae_mm.RGBTarget': 768, 'cae_mm.HOGTarget': 108}
+    assert model.neck.out_dims == outputs.get(model.target_generator.type, 8192)
     if one_view:
         return
     preprocessor = MODELS.build(model.data_preprocessor)

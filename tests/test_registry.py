@@ -49,6 +49,7 @@ HEAD = dict(num_classes=2, in_channels=WIDTH)
 CONFIGS = [
     *((MODELS, part) for part in [MODEL, *PARTS, cae_config()['target_generator']]),
     (MODELS, dict(type='cae_mm.RGBTarget')),
+    (MODELS, dict(type='cae_mm.HOGTarget')),
     (MODELS, dict(type='cae_mm.CAEDataPreprocessor')),
     (MODELS, dict(type='cae_mm.LinearProbeHead', **HEAD)),
     (MODELS, dict(type='cae_mm.AttentiveProbeHead', num_heads=2, **HEAD)),

@@ -63,6 +63,13 @@ def test_pixel_pictures(views, masks, monkeypatch, norm_patch):
     assert not torch.equal(pictures['masked'], pictures['image'])
 
 
+def test_targets_that_cannot_be_painted_are_named(views, masks):
+    target = dict(type='cae_mm.HOGTarget')
+    model = build_cae(neck=dict(out_dims=108), target_generator=target)
+    with pytest.raises(ValueError, match='what a HOGTarget makes .* pictures need pixels or'):
+        paint_reconstruction(model, views[:1], masks)
+
+
 def test_picture_has_a_row_per_image_and_a_column_per_title(tmp_path):
     pictures = {name: torch.full((3, 3, 8, 8), value) for name, value in (('a', 0.0), ('b', 1.0))}
     save_pictures(pictures, tmp_path / 'new' / 'picture.png')

@@ -12,6 +12,7 @@ from cae_mm.models.targets import (
     DALLEDecoder,
     DALLEEncoder,
     DiscreteVAE,
+    HOGTarget,
     KMeansTokenizer,
     RGBTarget,
 )
@@ -27,6 +28,7 @@ __all__ = [
     'DALLEDecoder',
     'DALLEEncoder',
     'DiscreteVAE',
+    'HOGTarget',
     'KMeansTokenizer',
     'LinearProbeHead',
     'RGBTarget',

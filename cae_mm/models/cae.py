@@ -35,8 +35,9 @@ class CAE(BaseSelfSupervisor):
         backbone: The encoder, a ``CAEViT``.
         neck: Regressor and decoder, a ``CAENeck``.
         head: The losses, a ``CAEPretrainHead``.
-        target_generator: ``DALLEEncoder``, ``DiscreteVAE``, ``KMeansTokenizer`` or ``RGBTarget``.
-            Frozen here: always in eval mode, outside autograd and outside checkpoints.
+        target_generator: ``DALLEEncoder``, ``DiscreteVAE``, ``KMeansTokenizer``, ``RGBTarget`` or
+            ``HOGTarget``. Frozen here: always in eval mode, outside autograd and outside
+            checkpoints.
         teacher_momentum: If given, the alignment target comes from an exponential moving average
             of the encoder with this momentum instead, updated in each forward pass of training
             (with accumulation: of each micro-batch). An option of this project, the paper has

@@ -1,0 +1,13 @@
+"""CAE-B on your own images, HOG features as targets (MaskFeat): no tokenizer, one view.
+
+python tools/train.py THIS_FILE --cfg-options settings.data_root=MY_IMAGES
+
+The folder may be flat or have sub-folders.
+"""
+
+_base_ = './cae-rgb_vit-base-p16_4xb128-amp-coslr-300e_custom.py'
+
+model = dict(
+    neck=dict(out_dims=3 * 9 * 2 * 2),
+    target_generator=dict(type='cae_mm.HOGTarget'),
+)
