@@ -2,6 +2,7 @@
 
 import os
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,47 +26,62 @@ class Usage(NamedTuple):
     own_seconds: float  # of the processor, which other programs do not lengthen
     bytes: int
     worker_bytes: int
-    handles: int
-    threads: int
 
 
 def measure(step: int) -> Usage:
     """Ask the kernel."""
-    own = os.getpid()
-    children = Path(f'/proc/{own}/task/{own}/children').read_text().split()
-    status = [_read_status(pid) for pid in (own, *children)]
-    memory = [int(each['VmRSS'].split()[0]) * 1024 for each in status]
-    return Usage(
-        step,
-        time.monotonic(),
-        time.process_time(),
-        memory[0],
-        sum(memory[1:]),
-        sum(len(os.listdir(f'/proc/{pid}/fd')) for pid in (own, *children)),
-        sum(int(each['Threads']) for each in status),
-    )
+    memory = [_read_memory(pid) for pid in ('self', *_list_children())]
+    return Usage(step, time.monotonic(), time.process_time(), memory[0], sum(memory[1:]))
 
 
-def _read_status(pid: int | str) -> dict[str, str]:
+def _read_memory(pid: str) -> int:
     lines = Path(f'/proc/{pid}/status').read_text().splitlines()
-    return dict(line.split(':', 1) for line in lines)
+    status = dict(line.split(':', 1) for line in lines)
+    return int(status['VmRSS'].split()[0]) * 1024
+
+
+def _list_children() -> list[str]:
+    return Path(f'/proc/self/task/{os.getpid()}/children').read_text().split()
+
+
+def list_held() -> set[str]:
+    """Open files and pipes of this process, its threads and the processes it started, by name."""
+    links = [link for link in Path('/proc/self/fd').iterdir() if link.is_symlink()]
+    handles = {f'handle {link.name}: {os.readlink(link)}' for link in links}
+    threads = {f'thread {number}' for number in os.listdir('/proc/self/task')}
+    return handles | threads | {f'process {pid}' for pid in _list_children()}
+
+
+def list_kept(held: list[set[str]]) -> set[str]:
+    """What an epoch after the first made, and the next one still held."""
+    kept = [made & later for made, later in pairwise(held[1:])]
+    return set().union(*kept) - held[0]
 
 
 @HOOKS.register_module()
 class UsageHook(Hook):
-    """Measure every so many steps."""
+    """Measure every so many steps; list what is held at the end of each epoch.
+
+    How many that are says little: a queue of ended workers closes when its thread gets a turn, and
+    garbage of others may go at any time. What is held by the same name an epoch later stays.
+    """
 
     def __init__(self, interval: int) -> None:
         self.interval = interval
         self.usage: list[Usage] = []
+        self.held: list[set[str]] = []
 
     def after_train_iter(self, runner: Any, *_: Any, **__: Any) -> None:
-        """Note it."""
+        """Measure."""
         if (runner.iter + 1) % self.interval == 0:
             self.usage.append(measure(runner.iter + 1))
 
+    def after_train_epoch(self, runner: Any) -> None:
+        """List."""
+        self.held.append(list_held())
 
-def train_watched(folder: Path, epochs: int, length: int) -> tuple[CAERunner, list[Usage]]:
+
+def train_watched(folder: Path, epochs: int, length: int) -> tuple[CAERunner, UsageHook]:
     """Train so many epochs of so many steps, with a checkpoint and ten measurements in each."""
     make_images(folder / 'images', dict(all=256), length * BATCH)
     cfg = Config.fromfile(CONFIG)
@@ -93,4 +109,4 @@ def train_watched(folder: Path, epochs: int, length: int) -> tuple[CAERunner, li
     runner = CAERunner.from_cfg(cfg)
     runner.train()
     [hook] = [hook for hook in runner.hooks if isinstance(hook, UsageHook)]
-    return runner, hook.usage
+    return runner, hook
