@@ -17,7 +17,8 @@ LAYERS = [
     {'registry'},
     {'datasets', 'models'},
     {'engine', 'evaluation'},
-    {'hooks', 'conversion', 'visualization', 'apis'},
+    {'visualization'},
+    {'hooks', 'conversion', 'apis'},
     {'doctor', 'replay'},
     {'plan'},
 ]

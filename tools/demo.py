@@ -22,7 +22,8 @@ from PIL import Image
 from cae_mm.engine.cli import load_config
 from cae_mm.evaluation.quick_probe import QuickProbe
 from cae_mm.precision import choose_precision
-from cae_mm.visualization import paint_files, save_pictures
+from cae_mm.visualization.reconstruction import paint_files
+from cae_mm.visualization.sheet import save_sheet
 
 ROOT = Path(__file__).parent.parent
 PHOTOGRAPHS = (
@@ -108,7 +109,8 @@ def main() -> None:
         accuracies.append(probe.run()['results']['mean']['knn'][NEIGHBORS])
     shown = [folder / 'crops' / 'val' / f'{name}.png' for name in SHOWN]
     picture = folder / 'reconstruction.png'
-    save_pictures(paint_files(cfg, checkpoint, shown, seed=seed), picture)
+    painted = paint_files(cfg, checkpoint, shown, seed=seed)
+    save_sheet([*zip(*painted.values(), strict=True)], picture, titles=[*painted])
     log = max((folder / 'cae').glob('*/*.log'))
     print(
         f'\nWhich of {len(PHOTOGRAPHS)} photographs is a held-out crop from? '

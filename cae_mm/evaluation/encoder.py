@@ -62,12 +62,24 @@ class Encoder:
         Returns:
             float32 tensor with shape (B, F, D), the features in the order of ``features``.
         """
-        if self.device.type != 'cpu':
-            return self._encode(images)
-        at_a_time = max(MAX_PIXELS_ON_CPU // images[0, 0].numel(), 1)
-        return torch.cat([self._encode(part) for part in images.split(at_a_time)])
+        return torch.cat([self._pool(*self._encode(part)) for part in self._split(images)])
 
-    def _encode(self, images: Tensor) -> Tensor:
+    @torch.no_grad()
+    def patches(self, images: Tensor) -> Tensor:
+        """Return the patch tokens of a batch in row-major order, of a convolutional net its map.
+
+        Takes what ``__call__`` takes and returns a float32 tensor with shape (B, N, D).
+        """
+        encoded = map(self._encode, self._split(images))
+        return torch.cat([tokens[:, extra:].float() for tokens, extra in encoded])
+
+    def _split(self, images: Tensor) -> tuple[Tensor, ...]:
+        if self.device.type != 'cpu':
+            return (images,)
+        return images.split(max(MAX_PIXELS_ON_CPU // images[0, 0].numel(), 1))
+
+    def _encode(self, images: Tensor) -> tuple[Tensor, int]:
+        """Tokens (B, L, D), and how many of them, the first ones, are of no patch."""
         x = self.normalizer({'inputs': images})['inputs'][0]
         with self.precision.autocast(self.device.type):
             if isinstance(self.backbone, CAEViT):
@@ -75,15 +87,18 @@ class Encoder:
             else:
                 tokens = self.backbone(x, **self._whole_images)[-1]
                 extra = getattr(self.backbone, 'num_extra_tokens', 0)
-        name = type(self.backbone).__name__
         if tokens.ndim not in (3, 4) or not tokens.is_floating_point():
             raise ValueError(
-                f'{name} returns neither tokens nor a map, but {tokens.dtype} of shape '
-                f'{tuple(tokens.shape)}: use the config of a classifier'
+                f'{type(self.backbone).__name__} returns neither tokens nor a map, but '
+                f'{tokens.dtype} of shape {tuple(tokens.shape)}: use the config of a classifier'
             )
         if tokens.ndim == 4:  # a map
             tokens, extra = tokens.flatten(2).mT, 0  # [B, HW, D]
+        return tokens, extra
+
+    def _pool(self, tokens: Tensor, extra: int) -> Tensor:
         if 'cls' in self.features and not extra:
+            name = type(self.backbone).__name__
             raise ValueError(f"{name} has no class token: use the feature 'mean'")
         pooled = {'cls': tokens[:, 0].float(), 'mean': tokens[:, extra:].float().mean(1)}
         return torch.stack([pooled[feature] for feature in self.features], dim=1)
@@ -126,13 +141,18 @@ def load_backbone(
         backbone = MODELS.build(_backbone_options(cfg))
     if checkpoint != RANDOM:
         load_pretrained(backbone, checkpoint, prefix)
-        return backbone
+    else:
+        quiet_init(backbone)
+    return backbone
+
+
+def quiet_init(model: Any) -> None:
+    """Initialise weights without mmengine's report, four lines for each parameter."""
     logger = MMLogger.get_current_instance()
     level = logger.level
-    logger.setLevel('WARNING')  # mmengine reports four lines for each parameter
-    backbone.init_weights()
+    logger.setLevel('WARNING')
+    model.init_weights()
     logger.setLevel(level)
-    return backbone
 
 
 def read_size(cfg: Config) -> tuple[int, int]:

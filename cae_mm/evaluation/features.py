@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ def labelled_images(folder: str | Path, size: tuple[int, int]) -> ImageFolder:
     """
     crop = partial(central_crop, size=size)
     try:
-        return ImageFolder(str(folder), loader=_load_image, transform=crop)
+        return ImageFolder(str(folder), loader=load_image, transform=crop)
     except OSError as error:
         raise FileNotFoundError(
             f'{folder} is no labelled folder: {error}. It needs one sub-folder for each class, '
@@ -64,10 +64,11 @@ def central_crop(image: Image.Image, size: tuple[int, int]) -> Tensor:
     return TF.pil_to_tensor(TF.center_crop(image, list(size)))
 
 
-def _load_image(path: str) -> Image.Image:
-    results = LoadImage().transform(dict(img_path=path))
+def load_image(path: str | Path) -> Image.Image:
+    """Read any image file that ``LoadImage`` can, as BGR."""
+    results = LoadImage().transform(dict(img_path=str(path)))
     assert results is not None  # LoadImage raises
-    return Image.fromarray(np.ascontiguousarray(results['img']))  # still BGR
+    return Image.fromarray(np.ascontiguousarray(results['img']))
 
 
 def extract_features(
@@ -78,19 +79,22 @@ def extract_features(
     batch_size: int,
     num_workers: int | None = None,
     title: str | None = None,
+    patches: bool = False,
 ) -> Iterator[Tensor]:
     """Yield the features of the images ``rows``, float32 (B, F, D) on the CPU, batch by batch.
 
-    The backbone must be in eval mode. The global random generators are not touched. ``title`` None
-    shows no progress. ``num_workers`` is the number of threads that read the images of a batch
-    between two runs of an encoder on the CPU, 0 or None for one for each core; for a GPU it is the
-    number of processes that read ahead, None for one for each core, up to four.
+    With ``patches`` they are the tokens of the patches, (B, N, D), instead. The backbone must be in
+    eval mode. The global random generators are not touched. ``title`` None shows no progress.
+    ``num_workers`` is the number of threads that read the images of a batch between two runs of an
+    encoder on the CPU, 0 or None for one for each core; for a GPU it is the number of processes
+    that read ahead, None for one for each core, up to four.
     """
     load = _load_with_threads if encoder.device.type == 'cpu' else _load_with_processes
+    encode = encoder.patches if patches else encoder
     bar = dict(unit=' images', dynamic_ncols=True, leave=False, disable=title is None)
     with tqdm(desc=title, total=len(rows), **bar) as progress:
         for batch in load(images, rows, batch_size, num_workers):
-            yield encoder(batch).cpu()
+            yield encode(batch).cpu()
             progress.update(len(batch))
 
 
@@ -185,7 +189,7 @@ def make_fingerprint(encoder: Encoder, images: ImageFolder) -> dict[str, str]:
     }
 
 
-def subset_rows(images: ImageFolder, max_images: int | None) -> list[int]:
-    """Rows of at most ``max_images`` images, drawn at random, always the same ones."""
-    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+def subset_rows(images: Sized, max_images: int | None, seed: int = 0) -> list[int]:
+    """Rows of at most ``max_images`` images, drawn at random, the same ones by the same seed."""
+    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     return sorted(rows[:max_images].tolist())

@@ -43,7 +43,7 @@ SIGNS = (
         16,
         'the tokenizer gives so few different tokens to this batch that there is little to predict',
         'look whether the tokenizer is trained, and on images like these; paint its tokens with '
-        'tools/reconstruct.py',
+        'tools/picture.py reconstruct',
     ),
     Sign(
         'perplexity',

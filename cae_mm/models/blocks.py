@@ -85,13 +85,16 @@ class Attention(nn.Module):
             gamma: Layer scale of the output, shape (D,), or None for none.
             queries: How many tokens, the first ones, attend and are returned; None for all.
         """
-        bias = None
-        if self.bias_grid is not None:
-            grid = grid or self.bias_grid
-            table = resize_bias_table(self.relative_position_bias_table, self.bias_grid, grid)
-            index = relative_position_index(grid, table.device)  # [1+N, 1+N]
-            bias = F.embedding(index[:queries], table).permute(2, 0, 1)[None]  # [1, heads, Q, 1+N]
-        return self.attend(x, bias, gamma, queries)
+        return self.attend(x, self.position_bias(grid, queries), gamma, queries)
+
+    def position_bias(self, grid: Grid | None, queries: int | None = None) -> Tensor | None:
+        """Relative position bias, shape (1, heads, Q, 1 + N), or None; arguments of ``forward``."""
+        if self.bias_grid is None:
+            return None
+        grid = grid or self.bias_grid
+        table = resize_bias_table(self.relative_position_bias_table, self.bias_grid, grid)
+        index = relative_position_index(grid, table.device)  # [1+N, 1+N]
+        return F.embedding(index[:queries], table).permute(2, 0, 1)[None]
 
     def attend(
         self,

@@ -235,19 +235,24 @@ class CAE(BaseSelfSupervisor):
         return self.target_generator.targets(inputs[view], ids_m, grid)
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+    def reconstruct(self, images: Tensor, mask: Tensor, regress: bool = True) -> Tensor:
         """Predict the targets of the masked patches without computing losses.
 
         Args:
             images: Normalised view 1, shape (B, 3, H, W).
             mask: Bool tensor with shape (B, N), True = masked.
+            regress: Decode what the regressor predicts from the visible patches; False: what the
+                encoder makes of the masked patches (paper, figure 4, where no patch is hidden).
 
         Returns:
             Logits or pixels of the masked patches in row-major order, shape (B, M, K).
         """
         grid, ids_v, ids_m = self._split(images, mask)
-        z_v = self.encode(images, ids_v, self.neck.mask_tokens(ids_m, grid))
-        z_m = self.neck.regress(z_v, ids_v, ids_m, grid)
+        if regress:
+            z_v = self.encode(images, ids_v, self.neck.mask_tokens(ids_m, grid))
+            z_m = self.neck.regress(z_v, ids_v, ids_m, grid)
+        else:
+            z_m = self.encode(images, ids_m)
         return self.neck.decode(z_m, ids_m, grid)
 
     def extract_feat(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -1,0 +1,154 @@
+"""tools/picture.py as a user runs it; the pictures' numbers are tested in test_visualization."""
+
+import numpy as np
+import pytest
+import torch
+from builders import GRID, WIDTH, build_cae, cae_config, make_images, randomize, run_tool
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from PIL import Image
+
+from cae_mm.evaluation.encoder import load_encoder
+from cae_mm.visualization.components import paint_patches, principal_components, to_colors
+from cae_mm.visualization.images import ImageFiles, find_images
+
+PIPELINE = [
+    dict(type='cae_mm.LoadImage'),
+    dict(type='cae_mm.TwoViewResizedCrop', size=16, second_size=32),
+    dict(type='cae_mm.CAEMaskGenerator', patch_size=4, min_block=2),
+    dict(type='mmpretrain.PackInputs'),
+]
+NAMES = ('epoch_3', 'encoder')
+CLASSES = dict(dark=60, bright=250)
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A folder with a config, a checkpoint, its encoder alone, and images of two classes."""
+    make_images(tmp_path / 'train', CLASSES, 8)
+    make_images(tmp_path / 'val', CLASSES, 3)
+    loader = dict(dataset=dict(pipeline=PIPELINE))
+    Config(dict(model=cae_config(), train_dataloader=loader)).dump(tmp_path / 'config.py')
+    model = randomize(build_cae())
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'epoch_3.pth')
+    torch.save(model.backbone.state_dict(), tmp_path / 'encoder.pth')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def draw(kind, *options, checkpoint='epoch_3.pth', config='config.py'):
+    """Run the tool twice and return the picture, which has to be the same."""
+    for out in ('one.png', 'two.png'):
+        run_tool('picture.py', kind, config, checkpoint, *options, '--out', out, '--device', 'cpu')
+    with Image.open('one.png') as one, Image.open('two.png') as two:
+        pixels = np.asarray(one.convert('RGB'))
+        assert np.array_equal(pixels, np.asarray(two.convert('RGB')))
+    return pixels
+
+
+def sheet_shape(rows, columns, labels=True, note=True):
+    """Pixels of a sheet with titles."""
+    return 24 + rows * 164 + (24 if note else 4), (24 if labels else 4) + columns * 164 + 4, 3
+
+
+@pytest.mark.parametrize('of', ['class', 'regressor'])
+def test_attention(work, capsys, of):
+    options = ['val', '--count', 2, '--of', of, '--layer', 0, '--against', 'random']
+    assert draw('attention', *options).shape == sheet_shape(rows=4, columns=4)
+    printed = capsys.readouterr().out
+    assert 'epoch_3: the mean over heads attends to' in printed and 'of (4, 4) patches' in printed
+    assert 'random: the mean' in printed
+
+
+def test_attention_of_a_probe(work):
+    head = dict(type='cae_mm.AttentiveProbeHead', num_classes=2, in_channels=WIDTH, num_heads=2)
+    backbone = cae_config()['backbone'] | dict(out_type='raw')
+    cfg = Config(
+        dict(
+            default_scope='mmpretrain',
+            model=dict(type='ImageClassifier', backbone=backbone, head=head),
+            data_preprocessor=dict(mean=[1.0] * 3, std=[50.0] * 3, to_rgb=True, num_classes=2),
+            test_dataloader=dict(dataset=dict(type='CustomDataset', pipeline=[])),
+        )
+    )
+    cfg.dump('probe.py')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        torch.save(randomize(MODELS.build(cfg.model)).state_dict(), 'probe.pth')
+    options = ['val/dark/0.png', '--of', 'probe', '--size', 32]
+    shape = draw('attention', *options, checkpoint='probe.pth', config='probe.py').shape
+    assert shape == sheet_shape(rows=1, columns=4)
+
+
+def test_features_are_painted(work):
+    sheet = draw('features', 'val', '--count', 3)
+    assert sheet.shape == sheet_shape(rows=3, columns=2, labels=False)
+    images = ImageFiles(find_images(['val'], 3, 0), (16, 16))
+    encoder = load_encoder(Config.fromfile('config.py'), 'epoch_3.pth', features=['mean'])
+    colors = to_colors(principal_components(encoder.patches(images.load()))[0])
+    want = paint_patches(colors[1], GRID, (160, 160)).permute(1, 2, 0).numpy()
+    found = sheet[24 + 164 : 24 + 164 + 160, 4 + 164 : 4 + 164 + 160] / 255
+    np.testing.assert_allclose(found, want, atol=0.005)
+
+
+def test_an_encoder_alone_is_enough(work):
+    whole = draw('features', 'val', '--size', 32)
+    alone = draw('features', 'val', '--size', 32, checkpoint='encoder.pth')
+    title = slice(0, 24)  # names the file
+    assert np.array_equal(np.delete(whole, title, 0), np.delete(alone, title, 0))
+
+
+def test_patches(work, capsys):
+    query = 'train/dark/0.png'
+    options = [query, '--among', 'train', '--k', 4, '--patch', 1, 2, '--against', 'encoder.pth']
+    assert draw('patches', *options).shape == sheet_shape(rows=2, columns=5, note=False)
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    one, other = ([words[1:] for words in printed if words[0] == name] for name in NAMES)
+    assert one == other and len(one[0]) == 4
+    with pytest.raises(ValueError, match='16 neighbours were asked for, but there are 15 images'):
+        draw('patches', query, '--among', 'train', '--k', 16)  # the image itself does not count
+    with pytest.raises(ValueError, match='--patch 4 0: there are 4x4 patches'):
+        draw('patches', query, '--among', 'train', '--patch', 4, 0)
+
+
+def test_neighbors(work, capsys):
+    options = '--train train --val val --count 2 --k 3 --feature cls --against random'.split()
+    assert draw('neighbours', *options).shape == sheet_shape(rows=4, columns=4)
+    assert 'epoch_3: ' in (printed := capsys.readouterr().out)
+    assert '% of the neighbours are of the right class' in printed
+
+
+def test_right_and_wrong_neighbors(work, capsys):
+    """Of two classes of which one is in the folder, half of the images find only wrong ones."""
+    for path in (work / 'train' / 'bright').iterdir():
+        path.unlink()
+    Image.new('RGB', (20, 20)).save(work / 'train' / 'bright' / 'x.png')
+    sheet = draw('neighbours', '--train', 'train', '--val', 'val', '--count', 6, '--k', 9)
+    right, wrong = ([25, 178, 51], [217, 26, 26])
+    corners = sheet[24 : 24 + 6 * 164 : 164, 24 + 164 : 24 + 10 * 164 : 164]  # 6 x 9
+    assert corners.shape == (6, 9, 3)
+    marks = [
+        [abs(pixel - np.array(color)).max() < 3 for color in (right, wrong)]
+        for pixel in corners.reshape(-1, 3).astype(int)
+    ]
+    assert np.sum(marks, 0).tolist() == [3 * 8 + 3, 3 * 8 + 3]
+    assert '50% of the neighbours are of the right class' in capsys.readouterr().out
+
+
+def test_map(work):
+    make_images(work / 'more', CLASSES, 20)
+    assert draw('map', 'more', '--count', 36, '--against', 'random').shape == (1200, 1200, 3)
+
+
+def test_two_runs_with_files_of_one_name(work, capsys):
+    other = work / 'other'
+    other.mkdir()
+    (work / 'epoch_3.pth').rename(other / 'epoch_3.pth')
+    torch.save(build_cae().state_dict(), work / 'epoch_3.pth')
+    draw('attention', 'val', '--count', 1, '--against', 'config.py', 'other/epoch_3.pth')
+    assert 'other: the mean' in (printed := capsys.readouterr().out)
+    assert f'{work.name}: the mean' in printed
+
+
+def test_against_takes_two_words(work):
+    with pytest.raises(ValueError, match=r'--against takes \[CONFIG\] CHECKPOINT, not a b c'):
+        draw('features', 'val', '--against', 'a', 'b', 'c')
