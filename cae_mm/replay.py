@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from cae_mm.checkpoints.files import read_checkpoint
 from cae_mm.engine.faults import Batch, Fault, read_fault
 from cae_mm.engine.runner import CAERunner
-from cae_mm.hooks.training import GumbelTemperatureHook
+from cae_mm.hooks.training import ScheduleHook
 from cae_mm.seeds import STEP, seed_everything_for
 
 
@@ -148,7 +148,7 @@ def _run_step(
     """Run forward and backward pass, and return the numbers of the log."""
     model: Any = runner.model
     for hook in runner.hooks:
-        if isinstance(hook, GumbelTemperatureHook):
+        if isinstance(hook, ScheduleHook):
             hook.before_train_iter(runner, batch.index)
     seed_everything_for(fault.seed, STEP, batch.iteration, fault.rank)
     with runner.optim_wrapper.optim_context(model):

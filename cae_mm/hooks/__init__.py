@@ -6,10 +6,11 @@ from cae_mm.hooks.faults import NumericalFaultHook
 from cae_mm.hooks.knn import KNNHook
 from cae_mm.hooks.progress import ProgressHook
 from cae_mm.hooks.saving import CheckpointHook
-from cae_mm.hooks.training import GumbelTemperatureHook
+from cae_mm.hooks.training import AlignmentRampHook, GumbelTemperatureHook
 from cae_mm.hooks.unreadable import UnreadableImagesHook
 
 __all__ = [
+    'AlignmentRampHook',
     'CheckpointHook',
     'CollapseHook',
     'GumbelTemperatureHook',

@@ -38,6 +38,9 @@ class CAEPretrainHead(BaseModule):
         self.align_weight = align_weight
         self.main_weight = main_weight
         self.norm_target = norm_target
+        # a tensor, as `compile` would compile each number anew; `AlignmentRampHook` sets it
+        self.align_ramp: Tensor
+        self.register_buffer('align_ramp', torch.ones(()), persistent=False)
 
     def loss(
         self, y_m: Tensor, y_target: Tensor, z_m: Tensor, z_target: Tensor | None
@@ -70,8 +73,9 @@ class CAEPretrainHead(BaseModule):
         if self.norm_target:
             z_target = F.layer_norm(z_target, z_target.shape[-1:])
         cosine = F.cosine_similarity(z_m.detach(), z_target, dim=-1)
+        weight = self.align_ramp * self.align_weight
         return {
-            'loss_align': self.align_weight * F.mse_loss(z_m, z_target),
+            'loss_align': weight * F.mse_loss(z_m, z_target),
             'align_cos': cosine.mean(),
         }
 

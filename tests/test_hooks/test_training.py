@@ -2,8 +2,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from builders import build_cae, make_batch
 
-from cae_mm.hooks import GumbelTemperatureHook
+from cae_mm.hooks import AlignmentRampHook, GumbelTemperatureHook
 
 
 class FakeRunner:
@@ -25,3 +26,33 @@ def test_temperature_goes_from_start_to_end():
     assert temperatures[25] == pytest.approx(0.6)  # half of the cosine
     assert temperatures[50:] == pytest.approx([0.2] * 50)
     assert sorted(temperatures, reverse=True) == temperatures
+
+
+def test_alignment_ramp_goes_from_0_to_lambda():
+    """The loss that is logged and its gradient follow; files do not know of it."""
+    model = build_cae().eval()
+    runner, hook = FakeRunner(model=model), AlignmentRampHook(share=0.2)
+    hook.before_train(runner)
+    full = model(*make_batch(), mode='loss')
+    shares, names = [], list(model.state_dict())
+    for runner.iter in (0, 5, 10, 20, 99):
+        hook.before_train_iter(runner, 0)
+        losses = model(*make_batch(), mode='loss')
+        assert torch.equal(losses['loss_main'], full['loss_main'])
+        assert torch.equal(losses['align_cos'], full['align_cos'])
+        shares.append((losses['loss_align'] / full['loss_align']).item())
+    assert shares == pytest.approx([0, 0.25, 0.5, 1, 1])
+    assert not any('ramp' in name for name in names)
+    runner.iter = 0
+    hook.before_train_iter(runner, 0)
+    model(*make_batch(), mode='loss')['loss_align'].backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert grads and not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize(
+    'build', [lambda: build_cae(head=dict(align_weight=0.0)), torch.nn.Module], ids=['0', 'other']
+)
+def test_alignment_ramp_needs_an_alignment(build):
+    with pytest.raises(ValueError, match='AlignmentRampHook found no alignment loss: .* leave it'):
+        AlignmentRampHook().before_train(FakeRunner(model=build()))
