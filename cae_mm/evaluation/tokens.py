@@ -98,7 +98,7 @@ def judge_tokens(
     rows = subset_rows(images, max_images)
     labels = np.array(images.targets)[rows]
     check_class_sizes(labels, images.classes)
-    loading = dict(batch_size=batch_size, num_workers=num_workers, title='tokens')
+    loading: dict[str, Any] = dict(batch_size=batch_size, num_workers=num_workers, title='tokens')
     tokens = torch.cat([*extract_features(reader, images, rows, **loading)])  # [n, N]
     counts = count_tokens(tokens, reader.tokenizer.vocab_size)
     used = counts.sum(0) / counts.sum()
