@@ -50,7 +50,6 @@ def init_model(
     cfg = deepcopy(config) if isinstance(config, Config) else load_config(config)
     init_default_scope(_find_scope(cfg))
     cfg.model.setdefault('data_preprocessor', cfg.get('data_preprocessor'))
-    _use_their_loader(cfg)
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     name = type(model).__name__
     file = read_checkpoint(find_file(checkpoint, name))
@@ -78,7 +77,6 @@ def init_inferencer(
     """
     cfg = deepcopy(config) if isinstance(config, Config) else load_config(config)
     scope = _find_scope(cfg)
-    _use_their_loader(cfg)
     kind: Any = getattr(import_module(f'{scope}.apis'), INFERENCERS[scope])
     if scope == 'mmpretrain':
         return kind(init_model(cfg, checkpoint, device), **options)
@@ -107,14 +105,6 @@ def _test_dataset(cfg: Config) -> Any:
     while 'dataset' in dataset:  # of a wrapper
         dataset = dataset.dataset
     return dataset
-
-
-def _use_their_loader(cfg: Config) -> None:
-    """Put a loader that inferencers know by name, to change it for arrays, in the place of ours."""
-    for pipeline in (_test_dataset(cfg).pipeline, cfg.get('test_pipeline', [])):
-        for i, step in enumerate(pipeline):
-            if step['type'] == 'cae_mm.LoadImage':
-                pipeline[i] = dict(type='LoadImageFromFile')
 
 
 def _describe_classes(cfg: Config, file: Checkpoint) -> dict[str, Any]:
