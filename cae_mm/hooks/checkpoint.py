@@ -22,12 +22,12 @@ from cae_mm.engine.processes import count_restarts, on_main_process
 from cae_mm.models.description import describe_model
 from cae_mm.registry import HOOKS
 
-SCHEME = 'plain:'  # stands before a path so that mmengine reads it through load_from_plain
+SCHEME = 'plain:'  # stands before a path so that mmengine reads it through load_onto_cpu
 
 
 @CheckpointLoader.register_scheme(prefixes=SCHEME)
-def load_from_plain(filename: str, *_: Any) -> dict[str, Any]:
-    """Read a checkpoint for mmengine, always onto the CPU: who loads it moves what has to move."""
+def load_onto_cpu(filename: str, *_: Any) -> dict[str, Any]:
+    """Read a checkpoint for the Runner, whatever place it asks for: who loads moves what has to."""
     file = read_checkpoint(filename.removeprefix(SCHEME))
     whole = isinstance(file.content, dict) and 'state_dict' in file.content
     return file.content if whole else {'state_dict': file.state}
@@ -56,7 +56,7 @@ class SafeLoadHook(Hook):
         self.min_matched = min_matched
 
     def before_run(self, runner: Runner) -> None:
-        """Make the Runner read its checkpoint, a whole one, through ``load_from_plain``."""
+        """Make the Runner read its checkpoint, a whole one, through ``load_onto_cpu``."""
         if runner._has_loaded or str(runner._load_from).startswith(SCHEME):
             return
         name = type(runner.model).__name__
