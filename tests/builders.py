@@ -57,6 +57,32 @@ def cae_config(**changes: Any) -> dict[str, Any]:
     return config
 
 
+PIPELINE = [
+    dict(type='cae_mm.LoadImage'),
+    dict(type='cae_mm.TwoViewResizedCrop', size=GRID[0] * PATCH, second_size=8 * GRID[0]),
+    dict(type='cae_mm.CAEMaskGenerator', patch_size=PATCH, min_block=2),
+    dict(type='mmpretrain.PackInputs'),
+]
+
+
+def loader_config(root: Path, batch_size: int = 2, **dataset: Any) -> dict[str, Any]:
+    """A loader of a folder, by default of what ``cae_config`` trains on."""
+    return dict(
+        batch_size=batch_size,
+        num_workers=0,
+        drop_last=True,
+        sampler=dict(type='DefaultSampler', shuffle=True),
+        collate_fn=dict(type='default_collate'),
+        dataset=dict(
+            type='mmpretrain.CustomDataset',
+            data_root=str(root),
+            with_label=False,
+            pipeline=PIPELINE,
+        )
+        | dataset,
+    )
+
+
 def build_cae(**changes: Any) -> torch.nn.Module:
     """Build and initialise it, seeded."""
     torch.manual_seed(0)

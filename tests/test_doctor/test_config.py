@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import GRID, PATCH, VOCAB, build_cae, cae_config, run_tool
+from builders import GRID, PATCH, VOCAB, build_cae, cae_config, loader_config, run_tool
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from PIL import Image
@@ -50,23 +50,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-def loader(folder: Path, pipeline: list, **dataset) -> dict:
-    return dict(
-        batch_size=2,
-        num_workers=0,
-        drop_last=True,
-        sampler=dict(type='DefaultSampler', shuffle=True),
-        collate_fn=dict(type='default_collate'),
-        dataset=dict(
-            type='mmpretrain.CustomDataset',
-            data_root=str(folder),
-            data_prefix='train',
-            pipeline=pipeline,
-            **dataset,
-        ),
-    )
-
-
 def save(path: Path, cfg: dict) -> Path:
     common = dict(
         default_scope='mmpretrain',
@@ -84,18 +67,12 @@ def save(path: Path, cfg: dict) -> Path:
 
 @pytest.fixture
 def pretraining(folder, tmp_path):
-    pipeline = [
-        dict(type='cae_mm.LoadImage'),
-        dict(type='cae_mm.TwoViewResizedCrop', size=SIDE, second_size=8 * GRID[0]),
-        dict(type='cae_mm.CAEMaskGenerator', patch_size=PATCH, min_block=2),
-        dict(type='mmpretrain.PackInputs'),
-    ]
     model = cae_config(
         data_preprocessor=dict(
             type='cae_mm.CAEDataPreprocessor', second_mean=[127.5] * 3, second_std=[127.5] * 3
         )
     )
-    train = loader(folder, pipeline, with_label=False)
+    train = loader_config(folder, data_prefix='train')
     return save(tmp_path / 'cae.py', dict(model=model, train_dataloader=train))
 
 
@@ -133,7 +110,8 @@ def classifier(folder, tmp_path, pretrained):
         dict(type='mmpretrain.Resize', scale=SIDE),
         dict(type='mmpretrain.PackInputs'),
     ]
-    loaders = {name: loader(folder, pipeline) for name in LOADERS}
+    dataset = dict(data_prefix='train', with_label=True, pipeline=pipeline)
+    loaders = {name: loader_config(folder, **dataset) for name in LOADERS}
     return save(tmp_path / 'probe.py', dict(model=model, **loaders))
 
 

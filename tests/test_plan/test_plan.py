@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import GRID, PATCH, cae_config, make_images, run_tool
+from builders import cae_config, loader_config, make_images, run_tool
 from rich.console import Console
 
 from cae_mm.doctor.case import Machine
@@ -25,31 +25,13 @@ def config(tmp_path_factory):
     """Pretraining on twelve images, gathered over two steps, with hooks of a real run."""
     folder = tmp_path_factory.mktemp('plan')
     make_images(folder / 'images', dict(a=200, b=100), 6)
-    pipeline = [
-        dict(type='cae_mm.LoadImage'),
-        dict(type='cae_mm.TwoViewResizedCrop', size=GRID[0] * PATCH, second_size=8 * GRID[0]),
-        dict(type='cae_mm.CAEMaskGenerator', patch_size=PATCH, min_block=2),
-        dict(type='mmpretrain.PackInputs'),
-    ]
     weights = dict(type='Pretrained', checkpoint='absent.pth')
     cae = cae_config()
     cfg = dict(
         default_scope='mmpretrain',
         runner_type='cae_mm.CAERunner',
         model=cae | dict(target_generator=cae['target_generator'] | dict(init_cfg=weights)),
-        train_dataloader=dict(
-            batch_size=4,
-            num_workers=0,
-            drop_last=True,
-            sampler=dict(type='DefaultSampler', shuffle=True),
-            collate_fn=dict(type='default_collate'),
-            dataset=dict(
-                type='mmpretrain.CustomDataset',
-                data_root=str(folder / 'images'),
-                with_label=False,
-                pipeline=pipeline,
-            ),
-        ),
+        train_dataloader=loader_config(folder / 'images', batch_size=4),
         optim_wrapper=dict(
             type='cae_mm.MixedPrecisionOptimWrapper',
             constructor='cae_mm.LayerDecayOptimWrapperConstructor',
