@@ -42,7 +42,7 @@ TESTS = {
     'models/positions': ['models/vit_dense', 'models/vit'],
     'models/sync_batch_norm': ['models/feature_pyramid', 'engine/distributed'],
     'models/targets/*': ['models/targets', 'tools/convert_dalle'],
-    'models/vit': ['models/vit_dense', 'models/parity'],
+    'models/vit': ['models/vit_dense', 'models/parity', 'models/description'],
     'datasets/shard_index': ['datasets/shards', 'tools/make_shards'],
     'datasets/resumable': ['engine/resuming', 'hooks/unreadable'],
     'datasets/unreadable': ['hooks/unreadable'],

@@ -65,7 +65,6 @@ class UnreadableList:
             lines = (f'{_write_path(path)}\t{reason}\n' for path, reason in new.items())
             file.write(''.join(lines).encode(errors='backslashreplace'))
             self.known |= new.keys()
-            file.flush()
             self.end = file.seek(0, 2)
 
 

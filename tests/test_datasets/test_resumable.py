@@ -75,6 +75,7 @@ def test_random_numbers_are_a_function_of_seed_and_place():
         assert len(set(column)) == 5
 
 
+@pytest.mark.filterwarnings('ignore:This DataLoader will create')  # on one core
 @pytest.mark.parametrize(
     'kind',
     [
@@ -102,6 +103,19 @@ def test_an_epoch_goes_on_at_any_batch():
     for batch in range(4):
         assert list(loader.epoch_from(12 + batch, batch)) == whole[batch:]
     assert list(loader.epoch_from(15, 0)) != whole  # other numbers, though the same images
+
+
+def test_a_sampler_that_ends_begins_epochs_of_their_own_order():
+    """Without words about the epoch it would repeat the order of the first."""
+    batches = take(make('finite'), 0, 9)
+    orders = [[image[0] for batch in batches[i : i + 3] for image in batch] for i in (0, 3, 6)]
+    sampler = DefaultSampler(Draws(), seed=7)
+    for epoch, order in enumerate(orders):
+        sampler.set_epoch(epoch)
+        assert order == list(sampler)[:9]
+    assert len(set(map(tuple, orders))) == 3
+    for start in range(9):
+        assert take(make('finite'), start, 9 - start) == batches[start:]
 
 
 def test_no_skipped_image_is_read(monkeypatch):

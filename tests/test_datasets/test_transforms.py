@@ -189,9 +189,13 @@ def test_extreme_images_give_the_largest_central_crop(width, height, box):
 
 
 def test_fallback_where_no_area_fits():
-    """A ratio that the image lacks: the fallback keeps within it."""
+    """A ratio that the image lacks: the fallback keeps within it, after ten draws of two."""
+    np.random.seed(0)
     boxes = draw_boxes(100, 100, 20, scale=(1.0, 1.0), ratio=(2.0, 2.0))
     assert {tuple(map(int, box)) for box in boxes} == {(0, 25, 100, 50)}
+    next_draw = np.random.random()
+    np.random.seed(0)
+    assert np.random.random(20 * 10 * 2 + 1)[-1] == next_draw
 
 
 @pytest.mark.parametrize(
@@ -331,6 +335,7 @@ def test_map_of_another_size_than_its_image_is_named():
     sample['gt_seg_map'] = np.zeros((6, 8), np.uint8)
     sample['img'] = np.zeros((3, 4, 3), np.uint8)  # resized before the map is loaded
     assert check(sample) is sample
+    assert check(sample | dict(ori_shape=(6, 8, 3)))  # as mmsegmentation's mosaics have it
     for shape in ((8, 6), (6, 8, 3), (3, 4)):
         sample['gt_seg_map'] = np.zeros(shape, np.uint8)
         message = f'a.png has shape {shape}, its image a.jpg (6, 8) (height, width'

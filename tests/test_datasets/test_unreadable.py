@@ -42,6 +42,14 @@ def test_each_comes_once(tmp_path):
     lines = [line.split('\t')[0] for line in one.path.read_text().splitlines()]
     assert sorted(lines) == ['a', 'b', 'c', 'd']
     assert one.known == {'a', 'b', 'c', 'd'} and two.known == {'a', 'b', 'c'}
+    assert two.end < one.end == one.path.stat().st_size  # from where the next call reads
+
+
+def test_any_reason_can_be_written(tmp_path):
+    """Errors of the system name paths as they are, with bytes that are not UTF-8."""
+    images = UnreadableList(tmp_path / 'a.txt')
+    images.add([Unreadable('a', 'cannot open \udce9.png')])
+    assert images.path.read_text() == 'a\tcannot open \\udce9.png\n'
 
 
 @pytest.mark.parametrize('size', [1, 5, 7])

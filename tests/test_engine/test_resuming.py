@@ -34,6 +34,7 @@ RUNS = {
     'gathered': ('cae', dict(CAE, gathered=4)),  # of six batches: updates after 4 and 6
     'BatchNorm': ('linear', {}),
     'iterations': ('linear', BY_ITERATIONS),
+    'iterations and epochs': ('linear', BY_ITERATIONS | dict(sampler={})),
 }
 
 # before which step, by what, with what status, and how many workers

@@ -8,7 +8,7 @@ from torch import nn
 
 from cae_mm.models import CAEViT, build_encoder, describe_model
 
-ENCODER = dict(arch=dict(embed_dims=24, depth=2, num_heads=3, layer_scale=0.1), patch_size=4)
+ENCODER = dict(arch=dict(embed_dims=24, depth=1, num_heads=3, layer_scale=0.1), patch_size=4)
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 

@@ -296,8 +296,9 @@ def test_global_blocks_look_beyond_their_window():
     assert moved[1].all()
 
 
-def test_windows_without_global_blocks_meet_in_the_class_token():
-    vit = build(img_size=64, window_size=4)
+@pytest.mark.parametrize('window', [1, 4])
+def test_windows_without_global_blocks_meet_in_the_class_token(window):
+    vit = build(img_size=64, window_size=window)
     images = images_of(64, 64)
     changed = images.clone()
     changed[:, :, :8, :8] += 1
