@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cae_mm.engine.cli import add_config_arguments, load_config
 from cae_mm.evaluation.encoder import FEATURES
-from cae_mm.evaluation.quick_probe import PROBES, QuickProbe, make_table
+from cae_mm.evaluation.quick_probe import POOLED, PROBES, QuickProbe, make_table
 from cae_mm.precision import PRECISIONS
 
 
@@ -25,7 +25,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--val', required=True, help='the same, images to report on')
     parser.add_argument('--out', help='where features and results go; default in work_dirs/')
     parser.add_argument('--feature', choices=[*FEATURES, 'both'], default='both')
-    parser.add_argument('--probes', nargs='+', choices=PROBES, help='default: all')
+    parser.add_argument('--probes', nargs='+', choices=PROBES, help=f'default: {" ".join(POOLED)}')
     parser.add_argument('--k', nargs='+', type=int, help='of the neighbours, default 10 20')
     parser.add_argument('--epochs', type=int, help='of the linear probe, default 100')
     parser.add_argument('--seed', type=int, help='default 0')

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import os
+import shutil
 from collections.abc import Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -126,7 +128,7 @@ def _load_with_processes(
 
 
 def cached_features(
-    folder: Path, encoder: Encoder, images: ImageFolder, **loading: Any
+    folder: Path, encoder: Encoder, images: ImageFolder, *, patches: bool = False, **loading: Any
 ) -> np.ndarray:
     """Return the features that lie in ``folder``, after extracting what is missing; say which.
 
@@ -134,13 +136,14 @@ def cached_features(
     finished and what they are features of: all that they depend on. It is written after each
     batch, so that a stopped run goes on where it was. With the same batch size the result is then
     bit for bit that of a run that was not stopped; with another one, equal up to rounding.
-    Features of anything else are replaced; ``loading`` are options of ``extract_features``.
+    Features of anything else are replaced; ``patches`` and ``loading`` are options of
+    ``extract_features``.
 
     Returns:
-        Read-only memory-mapped float32 array with shape (N, F, D).
+        Read-only memory-mapped float32 array with shape (n, F, D), with ``patches`` (n, N, D).
     """
     array_file, state_file = folder / 'features.npy', folder / 'state.json'
-    fingerprint = make_fingerprint(encoder, images)
+    fingerprint = make_fingerprint(encoder, images, patches)
     done = 0
     if state_file.is_file() and array_file.is_file():
         state = json.loads(state_file.read_text())
@@ -152,10 +155,11 @@ def cached_features(
             print(f'{folder}: {done} of {len(images)} images are in the cache')
     folder.mkdir(parents=True, exist_ok=True)
     array = open_memmap(array_file, mode='r+') if done else None
-    for batch in extract_features(encoder, images, range(done, len(images)), **loading):
+    for batch in extract_features(encoder, images, range(done, len(images)), patches=patches, **loading):
         if array is None:
             state_file.unlink(missing_ok=True)  # the array under it is about to go
             shape = (len(images), *batch.shape[1:])
+            _check_space(folder, 4 * math.prod(shape))
             array = open_memmap(array_file, mode='w+', dtype=np.float32, shape=shape)
         array[done : done + len(batch)] = batch.numpy()
         array.flush()
@@ -166,7 +170,17 @@ def cached_features(
     return np.load(array_file, mmap_mode='r')
 
 
-def make_fingerprint(encoder: Encoder, images: ImageFolder) -> dict[str, str]:
+def _check_space(folder: Path, needed: int) -> None:
+    """Raise OSError if so many bytes have no room; writing to memory would end in SIGBUS."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f'{folder}: features take {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: '
+            'probe fewer images, or say another folder (--out)'
+        )
+
+
+def make_fingerprint(encoder: Encoder, images: ImageFolder, patches: bool) -> dict[str, str]:
     """Everything that features depend on; of images the name, size and time of change."""
     weights = hashlib.sha256()
     for name, value in encoder.backbone.state_dict().items():
@@ -184,7 +198,7 @@ def make_fingerprint(encoder: Encoder, images: ImageFolder) -> dict[str, str]:
         'weights': weights.hexdigest(),
         'images': files.hexdigest(),
         'preprocessing': repr((encoder.size, CROP_RATIO, mean, std, normalizer.to_rgb)),
-        'features': ', '.join(encoder.features),
+        'features': 'patches' if patches else ', '.join(encoder.features),
         'precision': str(encoder.precision.dtype),
     }
 

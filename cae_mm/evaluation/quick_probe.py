@@ -12,12 +12,21 @@ from mmengine.config import Config
 from rich.table import Table
 from torchvision.datasets import ImageFolder
 
-from cae_mm.evaluation.encoder import FEATURES, RANDOM, Encoder, load_encoder, read_size
+from cae_mm.evaluation.attentive import attentive_sweep
+from cae_mm.evaluation.encoder import (
+    FEATURES,
+    PATCHES,
+    RANDOM,
+    Encoder,
+    load_encoder,
+    read_size,
+)
 from cae_mm.evaluation.features import cached_features, check_same_classes, labelled_images
 from cae_mm.evaluation.knn import check_neighbors, knn_accuracies
 from cae_mm.evaluation.linear import Split, check_class_sizes, linear_sweep, logistic_regression
 
-PROBES = ('knn', 'logreg', 'linear')
+POOLED = ('knn', 'logreg', 'linear')  # of class token or mean
+PROBES = (*POOLED, 'attentive')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +39,10 @@ class QuickProbe:
     val: str | Path  # the same, images to report on
     out: str | Path | None = None  # where features and results go; None: in work_dirs/quick_probe
     features: Sequence[str] = FEATURES
-    probes: Sequence[str] = PROBES
+    probes: Sequence[str] = POOLED
     k: Sequence[int] = (10, 20)  # numbers of neighbours
     epochs: int = 100  # of the linear probe
+    attentive_epochs: int = 30
     seed: int = 0  # of a random encoder, the held-out part and the linear probe
     prefix: str = 'backbone.'  # of the encoder's keys in the checkpoint
     device: str = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -59,17 +69,18 @@ class QuickProbe:
             check_neighbors(self.k, len(train))
         if set(self.probes) - {'knn'}:
             check_class_sizes(np.array(train.targets), train.classes)
-        encoder = load_encoder(
-            self.cfg,
-            self.checkpoint,
-            features=self.features,
-            prefix=self.prefix,
-            seed=self.seed,
-            device=self.device,
-            precision=self.precision,
-        )
-        print(f'features in {encoder.precision}')
-        fit_to, judge_on = self._load(encoder, train, 'train'), self._load(encoder, val, 'val')
+        results: dict[str, Any] = {}
+        if set(self.probes) & set(POOLED):
+            encoder = self._load_encoder(self.features)
+            fit_to, judge_on = self._load(encoder, train, 'train'), self._load(encoder, val, 'val')
+            for i, name in enumerate(self.features):
+                splits = ((np.array(array[:, i]), labels) for array, labels in (fit_to, judge_on))
+                results[name] = self._judge(*splits)
+        if 'attentive' in self.probes:
+            encoder = self._load_encoder(PATCHES)
+            splits = (self._load(encoder, *part) for part in ((train, 'train'), (val, 'val')))
+            options = dict(seed=self.seed, device=self.device, epochs=self.attentive_epochs)
+            results['patches'] = {'attentive': attentive_sweep(*splits, **options)}
         report = {
             'config': self.cfg.filename,
             'checkpoint': str(self.checkpoint),
@@ -80,24 +91,37 @@ class QuickProbe:
             'classes': train.classes,
             'chance': 1 / len(train.classes),
             'largest_class': float(np.bincount(val.targets).max() / len(val)),
-            'epochs': self.epochs,
-            'results': {name: self._judge(fit_to[name], judge_on[name]) for name in self.features},
+            'epochs': {'linear': self.epochs, 'attentive': self.attentive_epochs},
+            'results': results,
         }
         (self.folder / 'results.json').write_text(json.dumps(report, indent=2) + '\n')
         return report
 
-    def _load(self, encoder: Encoder, images: ImageFolder, name: str) -> dict[str, Split]:
-        """Features by name with their labels, from the cache as far as they are in it."""
+    def _load_encoder(self, features: Sequence[str]) -> Encoder:
+        encoder = load_encoder(
+            self.cfg,
+            self.checkpoint,
+            features=features,
+            prefix=self.prefix,
+            seed=self.seed,
+            device=self.device,
+            precision=self.precision,
+        )
+        print(f'features in {encoder.precision}')
+        return encoder
+
+    def _load(self, encoder: Encoder, images: ImageFolder, name: str) -> Split:
+        """Features with their labels, from the cache as far as they are in it."""
+        kind = '_patches' if encoder.features == PATCHES else ''
         array = cached_features(
-            self.folder / name,
+            self.folder / f'{name}{kind}',
             encoder,
             images,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             title=f'features of {name}',
         )
-        labels = np.array(images.targets)
-        return {name: (np.array(array[:, i]), labels) for i, name in enumerate(self.features)}
+        return array, np.array(images.targets)
 
     def _judge(self, train: Split, val: Split) -> dict[str, Any]:
         """Results of the probes on one kind of features."""
@@ -130,6 +154,7 @@ def make_table(report: dict[str, Any]) -> Table:
         for name, label, key in (
             ('logreg', 'logistic regression', 'C'),
             ('linear', 'linear probe', 'lr'),
+            ('attentive', 'attentive probe', 'lr'),
         ):
             if result := probes.get(name):
                 setting = f'{key} = {result[key]:g}'

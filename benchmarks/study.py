@@ -1,0 +1,404 @@
+"""Compare ways of pretraining: a table of runs as data, run unattended, reported with its spread.
+
+    python benchmarks/study.py split FOLDER OUT          # hold out a fifth of a labelled folder
+    python benchmarks/study.py run TABLE.yml             # go on where it was; one run at a time
+    python benchmarks/study.py report TABLE.yml          # table and picture of what is finished
+
+Each finished run is a line of TABLE.jsonl: its row, seed, commit, machine, time, images, operations
+and accuracies. benchmarks/README.md has the format of the table.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import mmengine
+import numpy as np
+from harness import console, describe_machine
+from matplotlib import pyplot as plt
+from rich.table import Table
+
+from cae_mm.doctor.case import Machine
+from cae_mm.engine.cli import load_config
+from cae_mm.evaluation.quick_probe import QuickProbe
+from cae_mm.plan.plan import make_plan
+
+ROOT = Path(__file__).parents[1]
+HELD_OUT = 5  # one of so many images of a class
+NAMES = {  # of quick probes: (feature, probe, setting) -> column of the report
+    'attentive': ('patches', 'attentive', 'accuracy'),
+    'logreg': ('mean', 'logreg', 'accuracy'),
+    'linear': ('cls', 'linear', 'accuracy'),
+    'knn': ('mean', 'knn', '20'),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of pretraining.
+
+    Attributes:
+        name: Of the row, and of its folder.
+        config: File of the pretraining.
+        data: Folder with ``train`` and ``val``, each with one sub-folder per class.
+        options: Values by key with dots that override the config's. ``{NAME}`` in a value is the
+            last checkpoint of the row NAME: of the same seed if it has that, else of its first.
+        seeds: Of the trainings; all random numbers follow from them.
+        pflop: Operations of the training in 10^15, from which its epochs follow; None keeps those of
+            the config, 0 trains nothing: a random encoder.
+        judge: Columns of the report that quick probes give, see ``NAMES``.
+        tasks: Trainings that begin with the encoder, by the name of their column: ``config``,
+            ``options``, and ``metric``, the name of a number of their evaluation.
+    """
+
+    name: str
+    config: str
+    data: str
+    options: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0,)
+    pflop: float | None = None
+    judge: tuple[str, ...] = ('attentive', 'logreg', 'knn')
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def what(self) -> dict[str, Any]:
+        """All that a result depends on, as JSON has it."""
+        return json.loads(json.dumps({k: v for k, v in asdict(self).items() if k != 'seeds'}))
+
+
+class Study:
+    """A table of runs and what is known of them.
+
+    Args:
+        file: The table; results lie beside it, trainings in ``work_dirs/study``.
+    """
+
+    def __init__(self, file: Path) -> None:
+        table = mmengine.load(file)
+        self.title, self.reference = table['title'], table['reference']
+        self.rows = {row.name: row for row in read_rows(table)}
+        if self.reference not in self.rows:
+            raise ValueError(f'{file}: reference is {self.reference}, but no row is called so')
+        self.results_file = file.with_suffix('.jsonl')
+        self.folder = ROOT / 'work_dirs/study' / file.stem
+        self.results: dict[tuple[str, int], dict[str, Any]] = {}
+        if self.results_file.exists():
+            lines = self.results_file.read_text().splitlines()
+            self.results = {(r['row']['name'], r['seed']): r for r in map(json.loads, lines)}
+
+    def run(self) -> None:
+        """Run what is missing, row by row, the first seed of all rows first."""
+        wanted = [(row, seed) for row in self.rows.values() for seed in row.seeds]
+        for row, seed in wanted:
+            known = self.results.get((row.name, seed))
+            if known and known['row'] != row.what:
+                raise ValueError(
+                    f'row {row.name} is not what was run as seed {seed} in {self.results_file}: '
+                    'give it another name, or remove that line'
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / 'lock', 'w') as lock:  # one run at a time: they share the machine
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f'{self.folder} is being run by another process') from None
+            for row, seed in sorted(wanted, key=lambda each: each[0].seeds.index(each[1])):
+                if (row.name, seed) not in self.results:
+                    console.rule(f'{row.name}, seed {seed}')
+                    self._keep(self._run(row, seed))
+
+    def _run(self, row: Row, seed: int) -> dict[str, Any]:
+        """Train, judge, and say at what price."""
+        folder = self.folder_of(row, seed)
+        options = {
+            **self._fill_in(row.options, seed),
+            'settings.data_root': row.data,
+            'randomness.seed': seed,
+        }
+        result = dict(row=row.what, seed=seed, commit=find_commit(), machine=describe_machine())
+        if row.pflop != 0:
+            plan = make_plan(ROOT / row.config, Machine(1), options, steps=0)
+            assert plan.images is not None  # make_plan has seen the folder
+            if row.pflop is not None:
+                epochs = round(row.pflop * 1e15 / (plan.flops_per_image * plan.images))
+                options['settings.epochs'] = max(epochs, 1)
+            train(row.config, folder, options)
+            result |= read_price(folder, plan.flops_per_image, plan.images)
+        return result | dict(accuracy=self._judge(row, seed, folder, options))
+
+    def _judge(
+        self, row: Row, seed: int, folder: Path, options: dict[str, Any]
+    ) -> dict[str, float]:
+        """Accuracies in [0, 1] by column."""
+        checkpoint = last_checkpoint(folder) if row.pflop != 0 else 'random'
+        accuracy = {}
+        if row.judge:
+            probe = QuickProbe(
+                cfg=load_config(str(ROOT / row.config), options),
+                checkpoint=checkpoint,
+                train=f'{row.data}/train',
+                val=f'{row.data}/val',
+                out=folder / 'probe',
+                probes=[NAMES[name][1] for name in row.judge],
+                seed=seed,
+            )
+            probe.run()
+            found = json.loads((probe.folder / 'results.json').read_text())['results']
+            for name in row.judge:
+                feature, kind, key = NAMES[name]
+                accuracy[name] = found[feature][kind][key]
+            for array in probe.folder.glob('*/features.npy'):
+                array.unlink()  # hundreds of megabytes
+        for name, task in row.tasks.items():
+            init = None if checkpoint == 'random' else dict(checkpoint=str(checkpoint))
+            changes = {
+                **self._fill_in(task.get('options', {}), seed),
+                'randomness.seed': seed,
+                'model.backbone.init_cfg': init,
+            }
+            train(task['config'], folder / name, changes)
+            accuracy[name] = read_metric(folder / name, task['metric'])
+        return accuracy
+
+    def _keep(self, result: dict[str, Any]) -> None:
+        self.results[result['row']['name'], result['seed']] = result
+        with open(self.results_file, 'a') as file:
+            file.write(json.dumps(result) + '\n')
+        console.print(result['accuracy'])
+
+    def folder_of(self, row: Row, seed: int) -> Path:
+        """Where a row is trained."""
+        return self.folder / row.name.replace('/', '_') / str(seed)
+
+    def _fill_in(self, options: dict[str, Any], seed: int) -> dict[str, Any]:
+        """Replace names of rows in braces by their checkpoints."""
+        filled = {}
+        for key, value in options.items():
+            if isinstance(value, str) and value.startswith('{') and value.endswith('}'):
+                other = self.rows[value[1:-1]]
+                value = str(
+                    last_checkpoint(
+                        self.folder_of(other, seed if seed in other.seeds else other.seeds[0])
+                    )
+                )
+            filled[key] = value
+        return filled
+
+
+def read_rows(table: dict[str, Any]) -> Iterator[Row]:
+    """Rows of a table: what ``defaults`` says, then the row; ``vary`` makes a row of each value.
+
+    ``vary: {KEY: [a, b]}`` of the row NAME gives NAME/KEY=a and NAME/KEY=b, KEY shortened to its
+    last part.
+    """
+    for name, said in table['rows'].items():
+        row = {**table.get('defaults', {}), **said}
+        vary = row.pop('vary', {})
+        for sequence in ('seeds', 'judge'):
+            if sequence in row:
+                row[sequence] = tuple(row[sequence])
+        if unknown := set(row) - set(Row.__dataclass_fields__):
+            raise ValueError(f'row {name}: unknown {", ".join(sorted(unknown))}')
+        if not vary:
+            yield Row(name=name, **row)
+        for key, values in vary.items():
+            for value in values:
+                options = {**row.get('options', {}), key: value}
+                yield Row(name=f'{name}/{key.rpartition(".")[2]}={value}', **row | {'options': options})
+
+
+def train(config: str, folder: Path, options: dict[str, Any]) -> None:
+    """Train a config as a user would, or go on with it."""
+    words = [f'{key}={format_value(value)}' for key, value in options.items()]
+    command = [sys.executable, 'tools/train.py', config, '--work-dir', str(folder), '--resume']
+    environment = os.environ | {'PYTHONWARNINGS': 'ignore'}
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / 'output.txt', 'a') as output:
+        done = subprocess.run(
+            [*command, '--cfg-options', *words], cwd=ROOT, stdout=output, env=environment
+        )
+    if done.returncode:
+        raise RuntimeError(f'{config} stopped with status {done.returncode}: {folder}/output.txt')
+
+
+def format_value(value: Any) -> str:
+    """Write a value as ``--cfg-options`` reads it."""
+    return json.dumps(value) if isinstance(value, dict | list | tuple) else str(value)
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """Return the checkpoint that a training wrote last."""
+    return folder / Path((folder / 'last_checkpoint').read_text()).name
+
+
+def scalars(folder: Path) -> list[dict[str, Any]]:
+    """All lines that the trainings in a folder have logged, in order."""
+    files = sorted(folder.glob('*/vis_data/scalars.json'))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def read_price(folder: Path, flops_per_image: float, images: int) -> dict[str, Any]:
+    """What a training took: images, seconds of its steps, operations."""
+    steps = [line for line in scalars(folder) if 'time' in line and 'loss' in line]
+    cfg = load_config(str(next(folder.glob('*.py'))))
+    seen = images * cfg.train_cfg.max_epochs
+    per_step = min(cfg.train_dataloader.batch_size, images)
+    return dict(
+        epochs=cfg.train_cfg.max_epochs,
+        images=seen,
+        seconds=round(fmean(line['time'] for line in steps) * seen / per_step),
+        pflop=seen * flops_per_image / 1e15,
+        config=hashlib.sha256(cfg.pretty_text.encode()).hexdigest()[:12],
+    )
+
+
+def read_metric(folder: Path, metric: str) -> float:
+    """Last value of a metric of an evaluation, as a share of 1."""
+    values = [line[metric] for line in scalars(folder) if metric in line]
+    if not values:
+        raise ValueError(f'{folder} has no evaluation with {metric}')
+    return values[-1] / 100
+
+
+def find_commit() -> str:
+    """The commit that is checked out, with a + if files differ from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.check_output(['git', *words], cwd=ROOT, text=True).strip()
+
+    changed = git('status', '--porcelain', '--untracked-files=no', '--', 'cae_mm', 'configs')
+    return git('rev-parse', '--short', 'HEAD') + ('+' if changed else '')
+
+
+def split(folder: Path, out: Path) -> None:
+    """Link each fifth image of a class, in an order by hash, to out/val, the others to out/train."""
+    for category in sorted(path for path in folder.iterdir() if path.is_dir()):
+        images = sorted(category.iterdir(), key=lambda p: hashlib.sha256(p.name.encode()).digest())
+        for i, image in enumerate(images):
+            link = out / ('train' if i % HELD_OUT else 'val') / category.name / image.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(image.absolute())
+    console.print(f'{out}/train and {out}/val')
+
+
+def group(study: Study) -> dict[str, list[dict[str, Any]]]:
+    """Results by row, in the order of the table, each ordered by seed."""
+    found = sorted(study.results.values(), key=lambda result: result['seed'])
+    groups = {name: [r for r in found if r['row']['name'] == name] for name in study.rows}
+    return {name: results for name, results in groups.items() if results}
+
+
+def columns_of(groups: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Names of all accuracies, in the order in which they come up."""
+    return list(dict.fromkeys(name for rs in groups.values() for r in rs for name in r['accuracy']))
+
+
+def spread(values: list[float]) -> str:
+    """Mean and, of two or more, standard deviation, in percent."""
+    text = f'{100 * fmean(values):.1f}'
+    return f'{text} ± {100 * stdev(values):.1f}' if len(values) > 1 else text
+
+
+def differences(
+    results: list[dict[str, Any]], reference: list[dict[str, Any]], name: str
+) -> list[float]:
+    """Accuracy minus that of the reference with the same seed, for seeds that both have."""
+    other = {r['seed']: r['accuracy'].get(name) for r in reference}
+    pairs = [(r['accuracy'].get(name), other.get(r['seed'])) for r in results]
+    return [a - b for a, b in pairs if a is not None and b is not None]
+
+
+def make_lines(study: Study) -> list[list[str]]:
+    """Head and cells of the report: price, accuracies, and difference from the reference."""
+    groups = group(study)
+    names = columns_of(groups)
+    lines = [['row', 'seeds', 'epochs', 'PFLOP', 'minutes', *names, f'{names[0]} - reference']]
+    reference = groups.get(study.reference, [])
+    for row, results in groups.items():
+        price = [f'{fmean(r.get(key, 0) for r in results):.{digits}f}' for key, digits in (
+            ('epochs', 0), ('pflop', 2))]
+        minutes = f'{fmean(r.get("seconds", 0) for r in results) / 60:.0f}'
+        cells = []
+        for name in names:
+            values = [r['accuracy'][name] for r in results if name in r['accuracy']]
+            cells.append(spread(values) if values else '')
+        paired = differences(results, reference, names[0])
+        cells.append(spread(paired) if paired and row != study.reference else '')
+        lines.append([row, str(len(results)), *price, minutes, *cells])
+    return lines
+
+
+def draw(study: Study, path: Path) -> None:
+    """Accuracy against operations, one panel for each column; bars are standard deviations."""
+    groups = {row: rs for row, rs in group(study).items() if rs[0].get('pflop')}
+    names = columns_of(groups)
+    size = (4.2 * len(names), 4.5)
+    figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, layout='constrained')
+    colours = plt.colormaps['tab20'](np.linspace(0, 1, max(len(groups), 2)))
+    for axis, name in zip(axes[0], names, strict=True):
+        for colour, (row, results) in zip(colours, groups.items(), strict=True):
+            values = [100 * r['accuracy'][name] for r in results if name in r['accuracy']]
+            if values:
+                error = stdev(values) if len(values) > 1 else 0
+                x = fmean(r['pflop'] for r in results)
+                axis.errorbar(x, fmean(values), error, fmt='o', color=colour, label=row, capsize=3)
+        axis.set(xlabel='pretraining, PFLOP', ylabel=f'{name}, %', xscale='log')
+        axis.grid(alpha=0.3)
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc='outside lower center', ncols=4, fontsize='small')
+    figure.suptitle(study.title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def report(study: Study, markdown: Path | None, picture: Path) -> None:
+    """Print the table, write it as Markdown, draw the picture."""
+    lines = make_lines(study)
+    table = Table(*lines[0], title=study.title)
+    for cells in lines[1:]:
+        table.add_row(*cells)
+    console.print(table)
+    if markdown:
+        rows = [lines[0], ['---'] * len(lines[0]), *lines[1:]]
+        markdown.write_text('\n'.join(f'| {" | ".join(cells)} |' for cells in rows) + '\n')
+    draw(study, picture)
+    console.print(picture)
+
+
+def main() -> None:
+    """Split, run or report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest='command', required=True)
+    part = commands.add_parser('split', help='hold out a part of a labelled folder, by links')
+    part.add_argument('folder', type=Path)
+    part.add_argument('out', type=Path)
+    part = commands.add_parser('run', help='run what is missing')
+    part.add_argument('table', type=Path)
+    part = commands.add_parser('report', help='show what is there')
+    part.add_argument('table', type=Path)
+    part.add_argument('--markdown', type=Path, help='write the table to this file')
+    part.add_argument('--picture', type=Path, default=ROOT / 'work_dirs/study.png')
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    if args.command == 'split':
+        split(args.folder, args.out)
+    elif args.command == 'run':
+        Study(args.table).run()
+    else:
+        report(Study(args.table), args.markdown, args.picture)
+
+
+if __name__ == '__main__':
+    main()
