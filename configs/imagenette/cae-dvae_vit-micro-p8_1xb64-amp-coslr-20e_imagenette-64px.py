@@ -11,10 +11,8 @@ _base_.model.neck.update(in_dims=128, embed_dims=128, num_heads=2)
 apply_settings(
     _base_,
     img_size=64,
-    batch_size=128,
     epochs=20,
     transforms=dict(CAEMaskGenerator=dict(patch_size=8)),
 )
 train_dataloader = dict(num_workers=0)
 default_hooks = dict(checkpoint=dict(interval=2))
-auto_scale_lr = dict(base_batch_size=128)

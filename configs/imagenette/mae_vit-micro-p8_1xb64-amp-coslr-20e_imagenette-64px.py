@@ -11,7 +11,6 @@ _base_.model.neck.update(
     patch_size=8, embed_dim=128, decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2
 )
 _base_.model.head.patch_size = 8
-apply_settings(_base_, img_size=64, batch_size=128, epochs=20)
+apply_settings(_base_, img_size=64, epochs=20)
 train_dataloader = dict(num_workers=0)
 default_hooks = dict(checkpoint=dict(interval=2))
-auto_scale_lr = dict(base_batch_size=128)
