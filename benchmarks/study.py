@@ -13,10 +13,8 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -55,8 +53,8 @@ class Row:
         options: Values by key with dots that override the config's. ``{NAME}`` in a value is the
             last checkpoint of the row NAME: of the same seed if it has that, else of its first.
         seeds: Of the trainings; all random numbers follow from them.
-        pflop: Operations of the training in 10^15, from which its epochs follow; None keeps those of
-            the config, 0 trains nothing: a random encoder.
+        pflop: Operations of the training in 10^15, from which its epochs follow; None keeps those
+            of the config, 0 trains nothing: a random encoder.
         judge: Columns of the report that quick probes give, see ``NAMES``.
         tasks: Trainings that begin with the encoder, by the name of their column: ``config``,
             ``options``, and ``metric``, the name of a number of their evaluation.
@@ -81,101 +79,99 @@ class Study:
     """A table of runs and what is known of them.
 
     Args:
-        file: The table; results lie beside it, trainings in ``work_dirs/study``.
+        file: The table; results lie beside it.
+        folder: Of the trainings.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, folder: Path) -> None:
         table = mmengine.load(file)
         self.title, self.reference = table['title'], table['reference']
         self.rows = {row.name: row for row in read_rows(table)}
         if self.reference not in self.rows:
             raise ValueError(f'{file}: reference is {self.reference}, but no row is called so')
         self.results_file = file.with_suffix('.jsonl')
-        self.folder = ROOT / 'work_dirs/study' / file.stem
+        self.folder = folder
         self.results: dict[tuple[str, int], dict[str, Any]] = {}
         if self.results_file.exists():
             lines = self.results_file.read_text().splitlines()
             self.results = {(r['row']['name'], r['seed']): r for r in map(json.loads, lines)}
 
-    def run(self) -> None:
-        """Run what is missing, row by row, the first seed of all rows first."""
+    def find_missing(self) -> tuple[Row, int] | None:
+        """Return the next row and seed to run: the first seed of all rows comes before others.
+
+        Raises:
+            ValueError: If a finished row is no longer what was run.
+        """
         wanted = [(row, seed) for row in self.rows.values() for seed in row.seeds]
-        for row, seed in wanted:
+        for row, seed in sorted(wanted, key=lambda each: each[0].seeds.index(each[1])):
             known = self.results.get((row.name, seed))
-            if known and known['row'] != row.what:
+            if known is None:
+                return row, seed
+            if known['row'] != row.what:
                 raise ValueError(
                     f'row {row.name} is not what was run as seed {seed} in {self.results_file}: '
                     'give it another name, or remove that line'
                 )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / 'lock', 'w') as lock:  # one run at a time: they share the machine
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f'{self.folder} is being run by another process') from None
-            for row, seed in sorted(wanted, key=lambda each: each[0].seeds.index(each[1])):
-                if (row.name, seed) not in self.results:
-                    console.rule(f'{row.name}, seed {seed}')
-                    self._keep(self._run(row, seed))
+        return None
+
+    def run(self, row: Row, seed: int) -> None:
+        """Run one and keep its result."""
+        console.rule(f'{row.name}, seed {seed}')
+        result = self._run(row, seed)
+        self.results[row.name, seed] = result
+        with open(self.results_file, 'a') as file:
+            file.write(json.dumps(result) + '\n')
+        console.print(result['accuracy'])
 
     def _run(self, row: Row, seed: int) -> dict[str, Any]:
         """Train, judge, and say at what price."""
         folder = self.folder_of(row, seed)
-        options = {
-            **self._fill_in(row.options, seed),
-            'settings.data_root': row.data,
-            'randomness.seed': seed,
-        }
+        options = self._fill_in(row.options, seed)
+        options |= {'settings.data_root': row.data, 'randomness.seed': seed}
+        config = write_config(row.config, folder, options)
         result = dict(row=row.what, seed=seed, commit=find_commit(), machine=describe_machine())
+        checkpoint: Path | str = 'random'
         if row.pflop != 0:
-            plan = make_plan(ROOT / row.config, Machine(1), options, steps=0)
-            assert plan.images is not None  # make_plan has seen the folder
+            plan = make_plan(config, Machine(1), steps=0)
+            assert plan.images is not None  # the plan has seen the folder
             if row.pflop is not None:
                 epochs = round(row.pflop * 1e15 / (plan.flops_per_image * plan.images))
-                options['settings.epochs'] = max(epochs, 1)
-            train(row.config, folder, options)
+                config = write_config(config, folder, {'settings.epochs': max(epochs, 1)})
+            train(config)
+            checkpoint = last_checkpoint(folder)
             result |= read_price(folder, plan.flops_per_image, plan.images)
-        return result | dict(accuracy=self._judge(row, seed, folder, options))
+        judged = self._probe(row, seed, config, checkpoint) if row.judge else {}
+        tasks = {name: self._train_task(row, seed, name, checkpoint) for name in row.tasks}
+        return result | dict(accuracy=judged | tasks)
 
-    def _judge(
-        self, row: Row, seed: int, folder: Path, options: dict[str, Any]
-    ) -> dict[str, float]:
-        """Accuracies in [0, 1] by column."""
-        checkpoint = last_checkpoint(folder) if row.pflop != 0 else 'random'
-        accuracy = {}
-        if row.judge:
-            probe = QuickProbe(
-                cfg=load_config(str(ROOT / row.config), options),
-                checkpoint=checkpoint,
-                train=f'{row.data}/train',
-                val=f'{row.data}/val',
-                out=folder / 'probe',
-                probes=[NAMES[name][1] for name in row.judge],
-                seed=seed,
-            )
-            probe.run()
-            found = json.loads((probe.folder / 'results.json').read_text())['results']
-            for name in row.judge:
-                feature, kind, key = NAMES[name]
-                accuracy[name] = found[feature][kind][key]
-            for array in probe.folder.glob('*/features.npy'):
-                array.unlink()  # hundreds of megabytes
-        for name, task in row.tasks.items():
-            init = None if checkpoint == 'random' else dict(checkpoint=str(checkpoint))
-            changes = {
-                **self._fill_in(task.get('options', {}), seed),
-                'randomness.seed': seed,
-                'model.backbone.init_cfg': init,
-            }
-            train(task['config'], folder / name, changes)
-            accuracy[name] = read_metric(folder / name, task['metric'])
-        return accuracy
+    def _probe(self, row: Row, seed: int, config: Path, checkpoint: Path | str) -> dict[str, float]:
+        """Accuracies of quick probes, in [0, 1]."""
+        probe = QuickProbe(
+            cfg=load_config(config),
+            checkpoint=checkpoint,
+            train=f'{row.data}/train',
+            val=f'{row.data}/val',
+            out=config.parent / 'probe',
+            probes=[NAMES[name][1] for name in row.judge],
+            seed=seed,
+        )
+        probe.run()
+        found = json.loads((probe.folder / 'results.json').read_text())['results']
+        for array in probe.folder.glob('*/features.npy'):
+            array.unlink()  # hundreds of megabytes
+        places = {name: NAMES[name] for name in row.judge}
+        return {name: found[feature][kind][key] for name, (feature, kind, key) in places.items()}
 
-    def _keep(self, result: dict[str, Any]) -> None:
-        self.results[result['row']['name'], result['seed']] = result
-        with open(self.results_file, 'a') as file:
-            file.write(json.dumps(result) + '\n')
-        console.print(result['accuracy'])
+    def _train_task(self, row: Row, seed: int, name: str, checkpoint: Path | str) -> float:
+        """Train a task that begins with the encoder; return its metric, in [0, 1]."""
+        task, folder = row.tasks[name], self.folder_of(row, seed) / name
+        options = self._fill_in(task.get('options', {}), seed) | {'randomness.seed': seed}
+        if checkpoint == 'random':
+            options['model.backbone.init_cfg'] = None
+        else:
+            options['model.backbone.init_cfg.checkpoint'] = str(checkpoint)
+        train(write_config(task['config'], folder, options))
+        return read_metric(folder, task['metric'])
 
     def folder_of(self, row: Row, seed: int) -> Path:
         """Where a row is trained."""
@@ -183,17 +179,29 @@ class Study:
 
     def _fill_in(self, options: dict[str, Any], seed: int) -> dict[str, Any]:
         """Replace names of rows in braces by their checkpoints."""
-        filled = {}
+        filled = dict(options)
         for key, value in options.items():
-            if isinstance(value, str) and value.startswith('{') and value.endswith('}'):
+            if isinstance(value, str) and value[:1] == '{':
                 other = self.rows[value[1:-1]]
-                value = str(
-                    last_checkpoint(
-                        self.folder_of(other, seed if seed in other.seeds else other.seeds[0])
-                    )
-                )
-            filled[key] = value
+                own = seed if seed in other.seeds else other.seeds[0]
+                filled[key] = str(last_checkpoint(self.folder_of(other, own)))
         return filled
+
+
+def run_all(file: Path, folder: Path) -> None:
+    """Run what is missing of a table, which may grow meanwhile: it is read again before each run.
+
+    Raises:
+        ValueError: If another process runs the same study; they would share the machine.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / 'lock', 'w') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f'{file} is being run by another process') from None
+        while missing := (study := Study(file, folder)).find_missing():
+            study.run(*missing)
 
 
 def read_rows(table: dict[str, Any]) -> Iterator[Row]:
@@ -215,26 +223,29 @@ def read_rows(table: dict[str, Any]) -> Iterator[Row]:
         for key, values in vary.items():
             for value in values:
                 options = {**row.get('options', {}), key: value}
-                yield Row(name=f'{name}/{key.rpartition(".")[2]}={value}', **row | {'options': options})
+                yield Row(
+                    name=f'{name}/{key.rpartition(".")[2]}={value}', **row | {'options': options}
+                )
 
 
-def train(config: str, folder: Path, options: dict[str, Any]) -> None:
-    """Train a config as a user would, or go on with it."""
-    words = [f'{key}={format_value(value)}' for key, value in options.items()]
-    command = [sys.executable, 'tools/train.py', config, '--work-dir', str(folder), '--resume']
-    environment = os.environ | {'PYTHONWARNINGS': 'ignore'}
+def write_config(config: str | Path, folder: Path, options: dict[str, Any]) -> Path:
+    """Write a config with options put in, whole, as ``config.py`` into a folder."""
+    cfg = load_config(ROOT / config, options)
+    cfg.work_dir = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / 'output.txt', 'a') as output:
-        done = subprocess.run(
-            [*command, '--cfg-options', *words], cwd=ROOT, stdout=output, env=environment
-        )
+    cfg.dump(folder / 'config.py')
+    return folder / 'config.py'
+
+
+def train(config: Path) -> None:
+    """Train a config in its folder as a user would, or go on with it."""
+    output = config.with_name('output.txt')
+    command = [sys.executable, 'tools/train.py', str(config.absolute()), '--resume']
+    environment = os.environ | {'PYTHONWARNINGS': 'ignore'}
+    with open(output, 'a') as file:
+        done = subprocess.run(command, cwd=ROOT, stdout=file, env=environment)
     if done.returncode:
-        raise RuntimeError(f'{config} stopped with status {done.returncode}: {folder}/output.txt')
-
-
-def format_value(value: Any) -> str:
-    """Write a value as ``--cfg-options`` reads it."""
-    return json.dumps(value) if isinstance(value, dict | list | tuple) else str(value)
+        raise RuntimeError(f'{config} stopped with status {done.returncode}, see {output}')
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -251,13 +262,13 @@ def scalars(folder: Path) -> list[dict[str, Any]]:
 def read_price(folder: Path, flops_per_image: float, images: int) -> dict[str, Any]:
     """What a training took: images, seconds of its steps, operations."""
     steps = [line for line in scalars(folder) if 'time' in line and 'loss' in line]
-    cfg = load_config(str(next(folder.glob('*.py'))))
+    cfg = load_config(folder / 'config.py')
     seen = images * cfg.train_cfg.max_epochs
     per_step = min(cfg.train_dataloader.batch_size, images)
     return dict(
         epochs=cfg.train_cfg.max_epochs,
         images=seen,
-        seconds=round(fmean(line['time'] for line in steps) * seen / per_step),
+        seconds=round(fmean(line['time'] for line in steps) * seen / per_step, 1),
         pflop=seen * flops_per_image / 1e15,
         config=hashlib.sha256(cfg.pretty_text.encode()).hexdigest()[:12],
     )
@@ -275,14 +286,17 @@ def find_commit() -> str:
     """The commit that is checked out, with a + if files differ from it."""
 
     def git(*words: str) -> str:
-        return subprocess.check_output(['git', *words], cwd=ROOT, text=True).strip()
+        command = ['git', *words]
+        return subprocess.check_output(command, cwd=ROOT, text=True).strip()
 
     changed = git('status', '--porcelain', '--untracked-files=no', '--', 'cae_mm', 'configs')
     return git('rev-parse', '--short', 'HEAD') + ('+' if changed else '')
 
 
 def split(folder: Path, out: Path) -> None:
-    """Link each fifth image of a class, in an order by hash, to out/val, the others to out/train."""
+    """Link each fifth image of a class, ordered by hash, to out/val, the others to out/train."""
+    if out.exists():
+        raise FileExistsError(f'{out} exists: remove it, or say another folder')
     for category in sorted(path for path in folder.iterdir() if path.is_dir()):
         images = sorted(category.iterdir(), key=lambda p: hashlib.sha256(p.name.encode()).digest())
         for i, image in enumerate(images):
@@ -326,16 +340,15 @@ def make_lines(study: Study) -> list[list[str]]:
     lines = [['row', 'seeds', 'epochs', 'PFLOP', 'minutes', *names, f'{names[0]} - reference']]
     reference = groups.get(study.reference, [])
     for row, results in groups.items():
-        price = [f'{fmean(r.get(key, 0) for r in results):.{digits}f}' for key, digits in (
-            ('epochs', 0), ('pflop', 2))]
-        minutes = f'{fmean(r.get("seconds", 0) for r in results) / 60:.0f}'
-        cells = []
+        price = dict.fromkeys(('epochs', 'pflop', 'seconds'), 0.0)
+        price |= {key: fmean(r.get(key, 0) for r in results) for key in price}
+        cells = [f'{price["epochs"]:.0f}', f'{price["pflop"]:.3f}', f'{price["seconds"] / 60:.0f}']
         for name in names:
             values = [r['accuracy'][name] for r in results if name in r['accuracy']]
             cells.append(spread(values) if values else '')
         paired = differences(results, reference, names[0])
         cells.append(spread(paired) if paired and row != study.reference else '')
-        lines.append([row, str(len(results)), *price, minutes, *cells])
+        lines.append([row, str(len(results)), *cells])
     return lines
 
 
@@ -384,20 +397,23 @@ def main() -> None:
     part = commands.add_parser('split', help='hold out a part of a labelled folder, by links')
     part.add_argument('folder', type=Path)
     part.add_argument('out', type=Path)
-    part = commands.add_parser('run', help='run what is missing')
-    part.add_argument('table', type=Path)
-    part = commands.add_parser('report', help='show what is there')
-    part.add_argument('table', type=Path)
-    part.add_argument('--markdown', type=Path, help='write the table to this file')
-    part.add_argument('--picture', type=Path, default=ROOT / 'work_dirs/study.png')
+    run = commands.add_parser('run', help='run what is missing')
+    show = commands.add_parser('report', help='show what is there')
+    for part in (run, show):
+        part.add_argument('table', type=Path)
+        part.add_argument('--work-dir', type=Path, help='default: work_dirs/study/TABLE')
+    show.add_argument('--markdown', type=Path, help='write the table to this file')
+    show.add_argument('--picture', type=Path, help='default: report.png in the work directory')
     args = parser.parse_args()
-    os.chdir(ROOT)
     if args.command == 'split':
         split(args.folder, args.out)
-    elif args.command == 'run':
-        Study(args.table).run()
+        return
+    folder = args.work_dir or ROOT / 'work_dirs/study' / args.table.stem
+    if args.command == 'run':
+        run_all(args.table, folder)
     else:
-        report(Study(args.table), args.markdown, args.picture)
+        study = Study(args.table, folder)
+        report(study, args.markdown, args.picture or folder / 'report.png')
 
 
 if __name__ == '__main__':

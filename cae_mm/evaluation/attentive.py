@@ -37,8 +37,9 @@ def attentive_sweep(
     """Attentive probe with the learning rate picked on a held-out part of the training images.
 
     Args:
-        train, val: Patch tokens after the final norm, shape (n, N, D), and class indices (n,). The
+        train: Patch tokens after the final norm, shape (n, N, D), and class indices (n,). The
             tokens may be a memory-mapped file.
+        val: The same, to report on.
         seed: Of the held-out part, initial weights and order.
         device: To train on; tokens go there batch by batch.
         epochs: Of SGD with momentum 0.9, batch 256, cosine to 0, no weight decay.

@@ -62,10 +62,9 @@ def test_a_sweep_is_one_training_of_the_head_for_each_rate():
                 scores = alone.fc(alone.pre_logits((x,)))
                 F.cross_entropy(scores, torch.from_numpy(labels)[part]).backward()
                 optimizer.step()
+        trained_weights = head.state_dict()
         for name, value in alone.state_dict().items():
-            torch.testing.assert_close(
-                head.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=lambda m: f'{name}: {m}'
-            )
+            torch.testing.assert_close(trained_weights[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_it_finds_the_patch_that_tells_the_class():

@@ -1,0 +1,136 @@
+"""benchmarks/study.py: a table of runs, what is run of it, and what is reported."""
+
+import importlib
+import json
+
+import pytest
+import yaml
+from builders import ROOT, make_images
+from PIL import Image
+
+CLASSES = dict(dark=60, bright=250)
+
+
+@pytest.fixture
+def study(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
+    return importlib.import_module('study')
+
+
+def write_table(folder, rows, **defaults):
+    table = dict(title='T', reference=next(iter(rows)), rows=rows)
+    table['defaults'] = dict(config='configs/demo/cae_demo.py', data=str(folder)) | defaults
+    (folder / 'table.yml').write_text(yaml.safe_dump(table, sort_keys=False))
+    return folder / 'table.yml'
+
+
+def add_result(study, file, name, seed, **accuracy):
+    row = study.Study(file, file.parent).rows[name]
+    line = dict(row=row.what, seed=seed, pflop=2.0, epochs=3, seconds=60, accuracy=accuracy)
+    with open(file.with_suffix('.jsonl'), 'a') as results:
+        results.write(json.dumps(line) + '\n')
+
+
+def test_rows_are_defaults_and_their_own_and_vary(study, tmp_path):
+    vary = {'model.head.align_weight': [0, 2]}
+    rows = dict(a=dict(seeds=[0, 1]), b=dict(options={'x': 1}, vary=vary, pflop=3))
+    read = study.Study(write_table(tmp_path, rows, pflop=1), tmp_path).rows
+    assert list(read) == ['a', 'b/align_weight=0', 'b/align_weight=2']
+    assert (read['a'].pflop, read['a'].seeds, read['a'].options) == (1, (0, 1), {})
+    b = read['b/align_weight=2']
+    assert b.pflop == 3 and b.options == {'x': 1, 'model.head.align_weight': 2}
+
+
+def test_bad_tables_are_refused(study, tmp_path):
+    with pytest.raises(ValueError, match='row a: unknown epoch'):
+        study.Study(write_table(tmp_path, dict(a=dict(epoch=3))), tmp_path)
+    file = write_table(tmp_path, dict(a={}))
+    file.write_text(file.read_text().replace('reference: a', 'reference: c'))
+    with pytest.raises(ValueError, match='reference is c, but no row is called so'):
+        study.Study(file, tmp_path)
+
+
+def test_first_seeds_first_and_finished_runs_never_again(study, tmp_path):
+    file = write_table(tmp_path, dict(a=dict(seeds=[0, 1]), b=dict(seeds=[0, 1])))
+    order = []
+    while missing := study.Study(file, tmp_path).find_missing():
+        order.append((missing[0].name, missing[1]))
+        add_result(study, file, *order[-1], knn=0.5)
+    assert order == [('a', 0), ('b', 0), ('a', 1), ('b', 1)]
+
+
+def test_a_row_that_changed_since_it_was_run_is_no_result(study, tmp_path):
+    file = write_table(tmp_path, dict(a=dict(pflop=1)))
+    add_result(study, file, 'a', 0, knn=0.5)
+    file.write_text(file.read_text().replace('pflop: 1', 'pflop: 2'))
+    with pytest.raises(ValueError, match='row a is not what was run as seed 0 in .*table.jsonl'):
+        study.Study(file, tmp_path).find_missing()
+    file.write_text(file.read_text().replace('seeds', 'x').replace('pflop: 2', 'pflop: 1'))
+    assert study.Study(file, tmp_path).find_missing() is None
+
+
+def test_braces_are_the_checkpoint_of_a_row(study, tmp_path):
+    rows = dict(tokens=dict(seeds=[0, 1]), a=dict(seeds=[0, 1, 2], options={'k': '{tokens}'}))
+    read = study.Study(write_table(tmp_path, rows), tmp_path / 'runs')
+    for seed in (0, 1):
+        folder = read.folder_of(read.rows['tokens'], seed)
+        folder.mkdir(parents=True)
+        (folder / 'last_checkpoint').write_text('/moved/since/epoch_3.pth')
+    options = [read._fill_in(read.rows['a'].options, seed)['k'] for seed in (0, 1, 2)]
+    runs = tmp_path / 'runs/tokens'
+    assert options == [f'{runs}/{seed}/epoch_3.pth' for seed in (0, 1, 0)]
+
+
+def test_report_has_spread_and_differences_by_seed(study, tmp_path):
+    file = write_table(tmp_path, dict(ref=dict(seeds=[0, 1, 2]), other=dict(seeds=[0, 1, 2])))
+    for seed, (ref, other) in enumerate([(0.50, 0.54), (0.60, 0.62)]):
+        add_result(study, file, 'ref', seed, knn=ref, logreg=0.7)
+        add_result(study, file, 'other', seed, knn=other)
+    add_result(study, file, 'other', 2, knn=0.9)  # no reference with this seed
+    head, ref, other = study.make_lines(study.Study(file, tmp_path))
+    assert head[5:] == ['knn', 'logreg', 'knn - reference']
+    assert ref == ['ref', '2', '3', '2.000', '1', '55.0 ± 7.1', '70.0 ± 0.0', '']
+    assert other == ['other', '3', '3', '2.000', '1', '68.7 ± 18.9', '', '3.0 ± 1.4']
+    study.report(study.Study(file, tmp_path), tmp_path / 'table.md', tmp_path / 'x.png')
+    assert '| ref | 2 | 3 | 2.000 | 1 | 55.0 ± 7.1 |' in (tmp_path / 'table.md').read_text()
+    with Image.open(tmp_path / 'x.png') as picture:
+        assert picture.width > 400
+
+
+def test_a_fifth_of_each_class_is_held_out(study, tmp_path):
+    make_images(tmp_path / 'all', CLASSES, 10)
+    study.split(tmp_path / 'all', tmp_path / 'out')
+    for name in CLASSES:
+        parts = [
+            {p.name for p in (tmp_path / 'out' / s / name).iterdir()} for s in ('train', 'val')
+        ]
+        assert [len(part) for part in parts] == [8, 2] and not parts[0] & parts[1]
+    with pytest.raises(FileExistsError, match='out exists'):
+        study.split(tmp_path / 'all', tmp_path / 'out')
+
+
+def test_a_run_is_trained_at_its_price_judged_and_kept(study, tmp_path):
+    for part, count in (('train', 20), ('val', 5)):
+        make_images(tmp_path / part, CLASSES, count)
+    options = {
+        'model.target_generator': dict(_delete_=True, type='cae_mm.RGBTarget'),
+        'model.neck.out_dims': 192,
+        'model.backbone.arch': dict(
+            _delete_=True, embed_dims=64, depth=1, num_heads=1, layer_scale=0.1
+        ),
+        'model.neck.in_dims': 64,
+        'train_dataloader.batch_size': 20,
+        'settings.transforms.TwoViewResizedCrop.second_size': None,
+    }
+    rows = dict(random=dict(pflop=0, judge=['knn', 'attentive']), cae=dict(pflop=3e-5))
+    file = write_table(tmp_path, rows, options=options, judge=['knn'])
+    study.run_all(file, tmp_path / 'runs')
+    random, cae = map(json.loads, file.with_suffix('.jsonl').read_text().splitlines())
+    assert 'pflop' not in random and set(random['accuracy']) == {'knn', 'attentive'}
+    assert set(cae['accuracy']) == {'knn'} and 0 <= cae['accuracy']['knn'] <= 1
+    assert cae['epochs'] == 2 and cae['images'] == 80 and cae['seconds'] > 0
+    assert cae['pflop'] == pytest.approx(3e-5, rel=0.25)  # half an epoch
+    assert not list((tmp_path / 'runs').rglob('features.npy'))
+    trained = (tmp_path / 'runs/cae/0/last_checkpoint').stat().st_mtime_ns
+    study.run_all(file, tmp_path / 'runs')  # nothing is missing
+    assert (tmp_path / 'runs/cae/0/last_checkpoint').stat().st_mtime_ns == trained
