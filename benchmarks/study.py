@@ -127,7 +127,7 @@ class Study:
         """Train, judge, and say at what price."""
         folder = self.folder_of(row, seed)
         options = self._fill_in(row.options, seed)
-        options |= {'settings.data_root': row.data, 'randomness.seed': seed}
+        options |= {'settings.data_root': str(ROOT / row.data), 'randomness.seed': seed}
         config = write_config(row.config, folder, options)
         result = dict(row=row.what, seed=seed, commit=find_commit(), machine=describe_machine())
         checkpoint: Path | str = 'random'
@@ -149,8 +149,8 @@ class Study:
         probe = QuickProbe(
             cfg=load_config(config),
             checkpoint=checkpoint,
-            train=f'{row.data}/train',
-            val=f'{row.data}/val',
+            train=ROOT / row.data / 'train',
+            val=ROOT / row.data / 'val',
             out=config.parent / 'probe',
             probes=[NAMES[name][1] for name in row.judge],
             seed=seed,

@@ -8,6 +8,7 @@ are read once for all heads and all learning rates, which is what the time goes 
 import math
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,11 +51,10 @@ def attentive_sweep(
     """
     tokens, labels = train
     (rows, _), (rows_out, _) = hold_out((np.arange(len(labels)), labels), seed)
-    options = dict(seed=seed, epochs=epochs, device=device)
-    heads = train_heads(tokens, labels, rows, lrs, **options)
-    held_out = _accuracies(heads, tokens, labels, rows_out, device)
+    fit = partial(train_heads, tokens, labels, seed=seed, epochs=epochs, device=device)
+    held_out = _accuracies(fit(rows=rows, lrs=lrs), tokens, labels, rows_out, device)
     best = lrs[int(np.argmax(held_out))]
-    heads = train_heads(tokens, labels, np.arange(len(labels)), [best], **options)
+    heads = fit(rows=np.arange(len(labels)), lrs=[best])
     [accuracy] = _accuracies(heads, *val, np.arange(len(val[1])), device)
     by_rate = dict(zip(lrs, held_out, strict=True))
     return {'lr': best, 'accuracy': accuracy, 'held_out': by_rate}

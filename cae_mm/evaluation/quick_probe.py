@@ -78,9 +78,14 @@ class QuickProbe:
                 results[name] = self._judge(*splits)
         if 'attentive' in self.probes:
             encoder = self._load_encoder(PATCHES)
-            splits = (self._load(encoder, *part) for part in ((train, 'train'), (val, 'val')))
-            options = dict(seed=self.seed, device=self.device, epochs=self.attentive_epochs)
-            results['patches'] = {'attentive': attentive_sweep(*splits, **options)}
+            result = attentive_sweep(
+                self._load(encoder, train, 'train'),
+                self._load(encoder, val, 'val'),
+                seed=self.seed,
+                device=self.device,
+                epochs=self.attentive_epochs,
+            )
+            results['patches'] = {'attentive': result}
         report = {
             'config': self.cfg.filename,
             'checkpoint': str(self.checkpoint),
