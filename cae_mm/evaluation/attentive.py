@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-from cae_mm.evaluation.encoder import init_quietly
+from cae_mm.evaluation.encoder import quiet_init
 from cae_mm.evaluation.linear import BATCH_SIZE, Split, hold_out
 from cae_mm.models.probe import AttentiveProbeHead
 
@@ -80,7 +80,7 @@ def train_heads(
             in_channels=D,
             num_heads=D // math.gcd(D, HEAD_WIDTH),
         )
-        init_quietly(first)
+        quiet_init(first)
     heads = [deepcopy(first).to(device).train() for _ in lrs]
     groups = [dict(params=[*h.parameters()], lr=lr) for h, lr in zip(heads, lrs, strict=True)]
     optimizer = torch.optim.SGD(groups, momentum=0.9)

@@ -155,7 +155,9 @@ def cached_features(
             print(f'{folder}: {done} of {len(images)} images are in the cache')
     folder.mkdir(parents=True, exist_ok=True)
     array = open_memmap(array_file, mode='r+') if done else None
-    for batch in extract_features(encoder, images, range(done, len(images)), patches=patches, **loading):
+    for batch in extract_features(
+        encoder, images, range(done, len(images)), patches=patches, **loading
+    ):
         if array is None:
             state_file.unlink(missing_ok=True)  # the array under it is about to go
             shape = (len(images), *batch.shape[1:])

@@ -13,14 +13,7 @@ from rich.table import Table
 from torchvision.datasets import ImageFolder
 
 from cae_mm.evaluation.attentive import attentive_sweep
-from cae_mm.evaluation.encoder import (
-    FEATURES,
-    PATCHES,
-    RANDOM,
-    Encoder,
-    load_encoder,
-    read_size,
-)
+from cae_mm.evaluation.encoder import FEATURES, RANDOM, Encoder, load_encoder, read_size
 from cae_mm.evaluation.features import cached_features, check_same_classes, labelled_images
 from cae_mm.evaluation.knn import check_neighbors, knn_accuracies
 from cae_mm.evaluation.linear import Split, check_class_sizes, linear_sweep, logistic_regression
@@ -69,18 +62,26 @@ class QuickProbe:
             check_neighbors(self.k, len(train))
         if set(self.probes) - {'knn'}:
             check_class_sizes(np.array(train.targets), train.classes)
+        encoder = load_encoder(
+            self.cfg,
+            self.checkpoint,
+            features=self.features,
+            prefix=self.prefix,
+            seed=self.seed,
+            device=self.device,
+            precision=self.precision,
+        )
+        print(f'features in {encoder.precision}')
         results: dict[str, Any] = {}
         if set(self.probes) & set(POOLED):
-            encoder = self._load_encoder(self.features)
             fit_to, judge_on = self._load(encoder, train, 'train'), self._load(encoder, val, 'val')
             for i, name in enumerate(self.features):
                 splits = ((np.array(array[:, i]), labels) for array, labels in (fit_to, judge_on))
                 results[name] = self._judge(*splits)
         if 'attentive' in self.probes:
-            encoder = self._load_encoder(PATCHES)
             result = attentive_sweep(
-                self._load(encoder, train, 'train'),
-                self._load(encoder, val, 'val'),
+                self._load(encoder, train, 'train', patches=True),
+                self._load(encoder, val, 'val', patches=True),
                 seed=self.seed,
                 device=self.device,
                 epochs=self.attentive_epochs,
@@ -102,26 +103,16 @@ class QuickProbe:
         (self.folder / 'results.json').write_text(json.dumps(report, indent=2) + '\n')
         return report
 
-    def _load_encoder(self, features: Sequence[str]) -> Encoder:
-        encoder = load_encoder(
-            self.cfg,
-            self.checkpoint,
-            features=features,
-            prefix=self.prefix,
-            seed=self.seed,
-            device=self.device,
-            precision=self.precision,
-        )
-        print(f'features in {encoder.precision}')
-        return encoder
-
-    def _load(self, encoder: Encoder, images: ImageFolder, name: str) -> Split:
+    def _load(
+        self, encoder: Encoder, images: ImageFolder, name: str, patches: bool = False
+    ) -> Split:
         """Features with their labels, from the cache as far as they are in it."""
-        kind = '_patches' if encoder.features == PATCHES else ''
+        name = f'{name}_patches' if patches else name
         array = cached_features(
-            self.folder / f'{name}{kind}',
+            self.folder / name,
             encoder,
             images,
+            patches=patches,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             title=f'features of {name}',

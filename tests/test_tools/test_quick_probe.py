@@ -1,14 +1,15 @@
 """tools/quick_probe.py as a user runs it."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from builders import build_cae, cae_config, make_images, run_tool
+from builders import GRID, build_cae, cae_config, make_images, run_tool
 from mmengine.config import Config
 
-from cae_mm.evaluation import linear
+from cae_mm.evaluation import attentive, linear
 
 CLASSES = dict(a=60, b=150, c=250)
 
@@ -110,3 +111,23 @@ def test_classes_must_be_the_same_and_large_enough(work):
     with pytest.raises(ValueError, match='one training image only: b'):
         probe()
     probe('epoch_3.pth', '--probes', 'knn')
+
+
+def test_attentive_probe_reads_patches(work, capsys):
+    probe('epoch_3.pth', '--out', 'out', '--probes', 'attentive')
+    report = read_results(work / 'out')
+    assert set(report['results']) == {'patches'}
+    result = report['results']['patches']['attentive']
+    assert {str(rate) for rate in attentive.LEARNING_RATES} == set(result['held_out'])
+    assert f'{result["accuracy"]:.1%}' in capsys.readouterr().out
+    tokens = np.load(work / 'out/train_patches/features.npy')
+    probe('epoch_3.pth', '--out', 'out', '--probes', 'knn', '--feature', 'mean')
+    assert tokens.shape == (30, GRID[0] * GRID[1], 16)
+    means = np.load(work / 'out/train/features.npy')[:, 0]
+    np.testing.assert_allclose(tokens.mean(1), means, atol=1e-5)
+
+
+def test_features_without_room_are_refused(work, monkeypatch):
+    monkeypatch.setattr('shutil.disk_usage', lambda _: SimpleNamespace(free=100))
+    with pytest.raises(OSError, match='features take 0.0 GB, but 0.0 GB are free: .*--out'):
+        probe('epoch_3.pth', '--out', 'out', '--probes', 'knn')
