@@ -12,7 +12,7 @@ VENV := $(VENV_$(STACK))
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak mutants lock lint check bench format clean-setup
+.PHONY: help setup demo test docs soak mutants lock lint check release-check bench format clean-setup
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,7 +32,11 @@ lint: setup  ## Check format, lint and types
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-check: lint test  ## Lint and test; continuous integration does so with EXTRAS=all
+docs: setup  ## Build the documentation into build/site; warnings are errors
+	rm -rf docs/api build/site
+	$(RUN) -m sphinx --fail-on-warning --keep-going -q -b html -c docs . build/site
+
+check: lint docs test  ## Lint, documentation and tests; continuous integration does so with EXTRAS=all
 
 soak: setup  ## Inject faults for as long as it takes, and print what happened (docs/reliability.md)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/soak -x -q

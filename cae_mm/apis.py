@@ -1,9 +1,11 @@
 """Trained models for inference: strictly loaded, and nothing is run but the config.
 
-model = init_model(CONFIG, CHECKPOINT)      # for mmpretrain.ImageClassificationInferencer(model),
-                                            # mmseg.apis.inference_model(model, images),
-                                            # mmdet.apis.inference_detector(model, images)
-infer = init_inferencer(CONFIG, CHECKPOINT)    # that of mmpretrain, mmseg or mmdet
+In short::
+
+    model = init_model(CONFIG, CHECKPOINT)    # for mmpretrain.ImageClassificationInferencer(model),
+                                              # mmseg.apis.inference_model(model, images),
+                                              # mmdet.apis.inference_detector(model, images)
+    infer = init_inferencer(CONFIG, CHECKPOINT)  # that of mmpretrain, mmseg or mmdet
 """
 
 from copy import deepcopy

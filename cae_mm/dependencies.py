@@ -31,9 +31,11 @@ _REQUIREMENTS = {
     'demo': 'scikit-image',
     # Writing weights for timm and Hugging Face, and reading what they made.
     'export': 'onnx>=1.16 onnxruntime>=1.18 timm>=1.0.20 transformers>=4.41,<5',
+    # The site that `make docs` builds, and tests of its pages.
+    'docs': 'furo>=2024.8 myst-parser>=4.0 sphinx>=8.1 sphinx-copybutton>=0.5.2',
     # Same versions as in .pre-commit-config.yaml and constraints/.
-    'dev': """cae-mm[demo,export] hypothesis==6.168.5 mypy==2.4.1 pre-commit==4.6.2 pytest==9.2.0
-        pytest-xdist==3.8.0 ruff==0.17.5""",
+    'dev': """cae-mm[demo,docs,export] hypothesis==6.168.5 mypy==2.4.1 pre-commit==4.6.2
+        pytest==9.2.0 pytest-xdist==3.8.0 ruff==0.17.5""",
 }
 EXTRAS_REQUIRE = {extra: packages.split() for extra, packages in _REQUIREMENTS.items()}
 INSTALL_REQUIRES = EXTRAS_REQUIRE.pop('')

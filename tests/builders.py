@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
 from mmpretrain.structures import DataSample
 from PIL import Image
 
 import cae_mm.registry  # noqa: F401
+from cae_mm.engine.settings import apply_settings
 
 ROOT = Path(__file__).parent.parent
 PATCH, GRID, WIDTH, VOCAB = 4, (4, 4), 16, 32
@@ -19,6 +21,18 @@ SHALLOW = dict(
     backbone=dict(arch=dict(embed_dims=WIDTH, depth=1, num_heads=2, layer_scale=0.1)),
     neck=dict(regressor_depth=1),
 )
+IMAGE = np.random.default_rng(0).integers(256, size=(40, 48, 3), dtype=np.uint8)
+# configs of the tasks after pretraining, and the classes of their tiny models
+TASKS = {
+    'mmpretrain': 'configs/finetune/vit-base-p16_cae-pre_8xb128-coslr-100e_custom.py',
+    'mmseg': 'configs/upernet/cae_vit-mini_upernet_1xb2-amp-800i_ade20k-256x256.py',
+    'mmdet': 'configs/mask_rcnn/cae_vit-mini_mask-rcnn_1xb4-amp-25e_coco-256px.py',
+}
+CLASSES = {
+    'mmpretrain': dict(classes=['cat', 'dog']),
+    'mmseg': dict(classes=['sky', 'sea', 'sun'], palette=[[1, 2, 3], [4, 5, 6], [7, 8, 9]]),
+    'mmdet': dict(classes=['ant', 'bee'], palette=[(9, 8, 7), (6, 5, 4)]),
+}
 
 
 def cae_config(**changes: Any) -> dict[str, Any]:
@@ -176,3 +190,43 @@ def assert_same_steps(
         for name, value in theirs.items():
             scale = value.abs().max().clamp(min=least)
             torch.testing.assert_close(ours[name] / scale, value / scale, rtol=0, atol=tolerance)
+
+
+def shrink_task(scope: str) -> Config:
+    """Read the config of a tiny model for two classes, three where two would be one."""
+    cfg = Config.fromfile(ROOT / TASKS[scope])
+    model = cfg.model
+    arch = dict(embed_dims=32, depth=4, num_heads=2, layer_scale=0.1)
+    model.backbone.update(arch=arch, init_cfg=None)
+    if scope == 'mmpretrain':
+        apply_settings(cfg, img_size=32)
+        model.head.update(in_channels=32, num_classes=2)
+        return cfg
+    model.backbone.out_indices = (0, 1, 2, 3)
+    if scope == 'mmseg':
+        apply_settings(cfg, img_size=64)
+        model.neck.in_channels = 32
+        model.decode_head.update(in_channels=[32] * 4, channels=8, num_classes=3)
+        model.auxiliary_head.update(in_channels=32, channels=8, num_classes=3)
+        # what one process makes of the recipes' SyncBN is looked at too
+        model.neck.norm_cfg = model.decode_head.norm_cfg = dict(type='SyncBN')
+        return cfg
+    apply_settings(cfg, transforms=dict(Resize=dict(scale=(96, 64))))
+    model.neck[0].in_channels, model.neck[1].in_channels = 32, [32] * 4
+    model.roi_head.bbox_head.num_classes = model.roi_head.mask_head.num_classes = 2
+    model.test_cfg.rcnn.update(score_thr=0.0, max_per_img=4)
+    return cfg
+
+
+def save_trained(scope: str, path: Path) -> Config:
+    """Write a file as a Runner does, with weights at random, for the config that is returned."""
+    cfg = shrink_task(scope)
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope(scope):
+        model = MODELS.build(cfg.model)
+    model.init_weights()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    content = dict(state_dict=model.state_dict(), meta=dict(dataset_meta=CLASSES[scope]))
+    torch.save(content, path)
+    return cfg

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
+from builders import CLASSES, IMAGE, ROOT, save_trained, shrink_task
 from pickles import Call
 
 pytest.importorskip('mmcv.ops', reason='mmcv has no compiled operators', exc_type=ImportError)
@@ -22,62 +21,13 @@ import mmpretrain  # noqa: E402
 import mmseg.apis  # noqa: E402
 
 from cae_mm.apis import init_inferencer, init_model  # noqa: E402
-from cae_mm.engine.settings import apply_settings  # noqa: E402
-
-ROOT = Path(__file__).parents[1]
-CONFIGS = {
-    'mmpretrain': 'configs/finetune/vit-base-p16_cae-pre_8xb128-coslr-100e_custom.py',
-    'mmseg': 'configs/upernet/cae_vit-mini_upernet_1xb2-amp-800i_ade20k-256x256.py',
-    'mmdet': 'configs/mask_rcnn/cae_vit-mini_mask-rcnn_1xb4-amp-25e_coco-256px.py',
-}
-CLASSES = {
-    'mmpretrain': dict(classes=['cat', 'dog']),
-    'mmseg': dict(classes=['sky', 'sea', 'sun'], palette=[[1, 2, 3], [4, 5, 6], [7, 8, 9]]),
-    'mmdet': dict(classes=['ant', 'bee'], palette=[(9, 8, 7), (6, 5, 4)]),
-}
-IMAGE = np.random.default_rng(0).integers(256, size=(40, 48, 3), dtype=np.uint8)
 
 
-def shrink(scope: str) -> Config:
-    """Read the config of a tiny model for two classes, three where two would be one."""
-    cfg = Config.fromfile(ROOT / CONFIGS[scope])
-    model = cfg.model
-    arch = dict(embed_dims=32, depth=4, num_heads=2, layer_scale=0.1)
-    model.backbone.update(arch=arch, init_cfg=None)
-    if scope == 'mmpretrain':
-        apply_settings(cfg, img_size=32)
-        model.head.update(in_channels=32, num_classes=2)
-        return cfg
-    model.backbone.out_indices = (0, 1, 2, 3)
-    if scope == 'mmseg':
-        apply_settings(cfg, img_size=64)
-        model.neck.in_channels = 32
-        model.decode_head.update(in_channels=[32] * 4, channels=8, num_classes=3)
-        model.auxiliary_head.update(in_channels=32, channels=8, num_classes=3)
-        # what one process makes of the recipes' SyncBN is looked at too
-        model.neck.norm_cfg = model.decode_head.norm_cfg = dict(type='SyncBN')
-        return cfg
-    apply_settings(cfg, transforms=dict(Resize=dict(scale=(96, 64))))
-    model.neck[0].in_channels, model.neck[1].in_channels = 32, [32] * 4
-    model.roi_head.bbox_head.num_classes = model.roi_head.mask_head.num_classes = 2
-    model.test_cfg.rcnn.update(score_thr=0.0, max_per_img=4)
-    return cfg
-
-
-@pytest.fixture(scope='module', params=list(CONFIGS))
+@pytest.fixture(scope='module', params=list(CLASSES))
 def case(request, tmp_path_factory):
     """Scope, config and checkpoint, the latter with names of classes as a Runner writes them."""
     scope, folder = request.param, tmp_path_factory.mktemp(request.param)
-    cfg = shrink(scope)
-    torch.manual_seed(0)
-    with DefaultScope.overwrite_default_scope(scope):
-        model = MODELS.build(cfg.model)
-    model.init_weights()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    content = dict(state_dict=model.state_dict(), meta=dict(dataset_meta=CLASSES[scope]))
-    torch.save(content, folder / 'a.pth')
-    return scope, cfg, folder / 'a.pth'
+    return scope, save_trained(scope, folder / 'a.pth'), folder / 'a.pth'
 
 
 def changed(path, name, change):
@@ -183,8 +133,8 @@ def test_other_configs_are_refused(case):
 
 def test_no_function_of_the_frameworks_executes_a_file(tmp_path):
     """In a process that knows of cae_mm from the configs alone."""
-    for scope in CONFIGS:
-        shrink(scope).dump(tmp_path / f'{scope}.py')
+    for scope in CLASSES:
+        shrink_task(scope).dump(tmp_path / f'{scope}.py')
     executed = tmp_path / 'executed'
     text = f"open({str(executed)!r}, 'w').close()"
     torch.save(dict(state_dict={}, meta=Call(exec, text)), tmp_path / 'hostile.pth')

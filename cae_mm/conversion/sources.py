@@ -3,7 +3,7 @@
 References:
     Official: https://github.com/Atten4Vis/CAE/tree/master/models and downstream_tasks
     mmpretrain: https://github.com/open-mmlab/mmpretrain/blob/main/mmpretrain/models
-        (backbones/beit.py, selfsup/cae.py, necks/cae_neck.py)
+    (backbones/beit.py, selfsup/cae.py, necks/cae_neck.py there)
     PASSL: https://github.com/PaddlePaddle/PASSL/blob/main/passl/models/cae.py
     timm: https://github.com/huggingface/pytorch-image-models/blob/main/timm/models/beit.py
     Hugging Face: https://github.com/huggingface/transformers/tree/main/src/transformers/models/beit

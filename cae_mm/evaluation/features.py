@@ -56,9 +56,9 @@ def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
 
 
 def central_crop(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Resize so that the crop keeps 224/256 of the short edge, crop the centre: uint8 (3, *size).
+    """Resize so that the crop keeps 224/256 of the short edge, crop the centre.
 
-    Bicubic and antialiased (Pillow), the usual protocol on ImageNet.
+    Bicubic and antialiased (Pillow), the usual protocol on ImageNet. Returns uint8 (3, h, w).
     """
     scale = max(size[0] / image.height, size[1] / image.width) / CROP_RATIO
     short = max(round(scale * min(image.size)), 1)
