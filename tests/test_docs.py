@@ -157,7 +157,7 @@ export -f command_not_found_handle
 export BLOCK
 """
 PATHS = ['tools/slurm_train.sh']  # what a shell does not look for in PATH
-PLACEHOLDERS = {'N': '1', 'T': '1', 'RANK_OF_NODE': '0', '...': None, 'WORK_DIR': 'DIR'}
+PLACEHOLDERS = {'N': '1', 'T': '1', 'RANK_OF_NODE': '0', '...': None, 'KIND': 'attention'}
 FRAGMENTS = {  # options alone, of what the sentence before is about
     'detection': 'configs/mask_rcnn/cae_vit-mini_mask-rcnn_1xb4-amp-25e_coco-256px.py',
     'pretraining': 'configs/pretrain/cae_vit-base-p16_32xb64-amp-coslr-300e_in1k.py',

@@ -70,9 +70,9 @@ class KMeansTokenizer(Tokenizer):
         return features.transpose(1, 2).unflatten(-1, grid)
 
     def classify(self, features: Tensor) -> Tensor:
-        """Score the centres: |x|^2 / 2 less half of the squared distances, always in float32.
+        """Score the centres: ``|x|^2 / 2`` less half of the squared distances, always in float32.
 
-        |x|^2 is the same for all centres, so the highest score is the nearest one's.
+        ``|x|^2`` is the same for all centres, so the highest score is the nearest one's.
         """
         with without_autocast(features):
             x = (features.to(self.mean.dtype) - self.mean) / self.std  # [..., D]
