@@ -1,5 +1,6 @@
 """Images as grids of patches, and which of the patches a mask hides."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -88,3 +89,11 @@ def split_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
         )
     order = mask.to(torch.uint8).argsort(dim=1, stable=True)  # [B, N], visible patches first
     return order[:, : N - M], order[:, N - M :]
+
+
+def draw_ids(ids: Tensor, share: float) -> Tensor:
+    """Draw a share of each image's indices, (B, M) -> (B, max(floor(share * M), 1)), ascending."""
+    B, M = ids.shape
+    count = max(math.floor(share * M + 1e-9), 1)  # 0.3 of 10 is 3
+    places = torch.rand(B, M, device=ids.device).argsort(1)[:, :count].sort(1).values
+    return ids.gather(1, places)

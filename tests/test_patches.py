@@ -7,7 +7,15 @@ from builders import equal
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cae_mm.patches import gather_tokens, grid_of, patchify, split_mask, to_pair, unpadded_grids
+from cae_mm.patches import (
+    draw_ids,
+    gather_tokens,
+    grid_of,
+    patchify,
+    split_mask,
+    to_pair,
+    unpadded_grids,
+)
 
 sides = st.integers(1, 7)
 seeds = st.integers(0, 2**32 - 1)
@@ -85,3 +93,13 @@ def test_padding_is_told_from_pixels(dtype):
     assert grids.tolist() == [[3, 2], [3, 2], [1, 3], [1, 1], [1, 1]]  # the last one is blank
     batch[0, 1, 5, 31] = batch[1, :, :, :8] = 0  # zeros inside an image do not matter
     assert unpadded_grids(patchify(batch, 8), (3, 4))[:2].tolist() == [[3, 2], [3, 2]]
+
+
+def test_a_share_of_indices_is_drawn_in_each_image():
+    ids = torch.arange(100, 110).expand(2000, 10)
+    drawn = draw_ids(ids, 0.3)
+    assert drawn.shape == (2000, 3) and (drawn.diff() > 0).all()
+    counts = (drawn.flatten() - 100).bincount(minlength=10)
+    assert counts.min() > 500 and counts.max() < 700  # 600 each, standard deviation 20
+    assert len(drawn.unique(dim=0)) == 120  # all ways to draw 3 of 10
+    assert draw_ids(ids, 0.01).shape == (2000, 1)

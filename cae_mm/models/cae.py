@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cae_mm.models.head import latent_std
 from cae_mm.models.positions import SinCosPositions
 from cae_mm.models.targets.tokenizer import Tokenizer
-from cae_mm.patches import Grid, grid_of, split_mask
+from cae_mm.patches import Grid, draw_ids, grid_of, split_mask
 from cae_mm.registry import MODELS
 
 
@@ -45,6 +45,9 @@ class CAE(BaseSelfSupervisor):
         complementary_masks: Train on each mask and on its complement in one step: two samples of
             each image, whose encoder passes are each other's alignment targets, with targets of
             all patches computed once. An option of this project, the paper has none.
+        predicted_share: Share of the masked patches, in (0, 1], drawn at random, that are predicted
+            and are the alignment target's input, rounded down; the others cost nothing. CrossMAE
+            (https://arxiv.org/abs/2401.14391) predicts a quarter. The paper predicts all, 1.
         data_preprocessor: A ``CAEDataPreprocessor``.
     """
 
@@ -57,6 +60,7 @@ class CAE(BaseSelfSupervisor):
         target_generator: dict[str, Any],
         teacher_momentum: float | None = None,
         complementary_masks: bool = False,
+        predicted_share: float = 1.0,
         data_preprocessor: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
@@ -75,6 +79,14 @@ class CAE(BaseSelfSupervisor):
                 'complementary_masks takes alignment targets from the encoder, which sees mask '
                 'tokens too with neck.regressor_depth=0: choose one of the two'
             )
+        if not 0 < predicted_share <= 1:
+            raise ValueError(f'predicted_share must be in (0, 1], not {predicted_share}')
+        if complementary_masks and predicted_share < 1:
+            raise ValueError(
+                'complementary_masks predicts all patches, predicted_share a part of the masked '
+                'ones: choose one of the two'
+            )
+        self.predicted_share = predicted_share
         self.complementary_masks = complementary_masks
         self.teacher_momentum = teacher_momentum
         self.teacher: Any = None
@@ -147,6 +159,8 @@ class CAE(BaseSelfSupervisor):
             )
         mask = torch.stack([sample.mask for sample in data_samples]).flatten(1).bool()  # [B, N]
         grid, ids_v, ids_m = self._split(images, mask)
+        if self.predicted_share < 1:
+            ids_m = draw_ids(ids_m, self.predicted_share)
         return self._losses(inputs, ids_v, ids_m, grid)
 
     def _losses(

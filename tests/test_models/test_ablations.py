@@ -10,7 +10,7 @@ from mmengine.registry import MODELS, DefaultScope
 from cae_mm.models import CAENeck, CAEPretrainHead
 from cae_mm.models.blocks import Block
 from cae_mm.models.neck import RegressorBlock
-from cae_mm.patches import split_mask
+from cae_mm.patches import draw_ids, split_mask
 
 NO_ALIGNMENT = dict(head=dict(align_weight=0.0))
 NO_DECODER = dict(neck=dict(decoder_depth=0))
@@ -282,3 +282,37 @@ def test_normalised_alignment_target():
 def test_depth_0_has_no_norms_that_nothing_reads():
     names = {name for name, _ in CAENeck(regressor_depth=0, decoder_depth=0).named_parameters()}
     assert names == {'mask_token', 'output.weight', 'output.bias'}
+
+
+def test_a_share_of_the_masked_patches_is_all_that_is_predicted_and_seen():
+    model, views, samples, (ids_v, ids_m) = case(predicted_share=0.5)
+    torch.manual_seed(1)
+    drawn = draw_ids(ids_m, 0.5)
+    with torch.no_grad():
+        expected = model._losses(views, ids_v, drawn, GRID)
+        seen = torch.zeros(len(drawn), GRID[0] * GRID[1], dtype=torch.bool)
+        seen = seen.scatter(1, ids_v, True).scatter(1, drawn, True).view(-1, 1, *GRID)
+        hidden = ~F.interpolate(seen.double(), views[0].shape[-2:]).bool()
+        spoiled = [views[0].masked_fill(hidden, torch.nan), views[1]]
+        for images in (views, spoiled):  # the patches that were not drawn have no say
+            torch.manual_seed(1)
+            losses = model(images, samples, mode='loss')
+            assert all(torch.equal(losses[name], value) for name, value in expected.items())
+
+
+def test_predicting_all_draws_no_random_number():
+    model, views, samples, _ = case()
+    state = torch.get_rng_state()
+    model(views, samples, mode='loss')
+    equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize('share', [0, -0.5, 1.5])
+def test_shares_that_are_none_are_refused(share):
+    with pytest.raises(ValueError, match=r'predicted_share must be in \(0, 1\]'):
+        build_cae(predicted_share=share)
+
+
+def test_complementary_masks_predict_all():
+    with pytest.raises(ValueError, match='complementary_masks predicts all patches'):
+        build_cae(predicted_share=0.5, complementary_masks=True)
