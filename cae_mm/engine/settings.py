@@ -9,6 +9,7 @@ or in a config of one's own, whose ``_base_`` is edited in place:
 """
 
 import difflib
+import importlib.util
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -23,9 +24,17 @@ SETTINGS = (
     'fsdp',
     'img_size',
     'mask_ratio',
+    'pictures',
     'shards',
     'transforms',
+    'watch',
 )
+# backends of mmengine's visualizers, by the package that each writes with
+BACKENDS = {
+    'mlflow': 'MLflowVisBackend',
+    'tensorboard': 'TensorboardVisBackend',
+    'wandb': 'WandbVisBackend',
+}
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 PIPELINES = ('train_pipeline', 'test_pipeline')
 TOKEN_SIZE = 8  # pixels of the second view per token, along each side
@@ -48,10 +57,14 @@ def apply_settings(cfg: Any, **settings: Any) -> None:
             said beside it;
             ``fsdp``: whether several processes share parameters and states of the optimizer (see
             docs/scaling.md);
-            ``transforms``: options by the class of a transform, wherever it stands in a pipeline.
+            ``transforms``: options by the class of a transform, wherever it stands in a pipeline;
+            ``watch``: 'tensorboard', 'wandb' or 'mlflow', or several of them, where numbers and
+            pictures of the run go beside the files in its work directory;
+            ``pictures``: image files or folders, of which ``PictureHook`` paints sheets.
 
     Raises:
         ValueError: If a setting is unknown, or nothing in the config takes it.
+        ImportError: If the package of ``watch`` is not installed.
     """
     for name, value in sorted(settings.items()):  # the folder of shards after that of the rest
         if name not in SETTINGS:
@@ -73,6 +86,10 @@ def apply_settings(cfg: Any, **settings: Any) -> None:
             cfg['fsdp'] = value
         elif name == 'batch_size':
             cfg['train_dataloader']['batch_size'] = value
+        elif name == 'watch':
+            _add_backends(cfg, [value] if isinstance(value, str) else value)
+        elif name == 'pictures':
+            _set_pictures(cfg, [value] if isinstance(value, str) else value)
         else:
             _set_transforms(cfg, value)
 
@@ -130,6 +147,30 @@ def _set_transforms(cfg: Any, options: dict[str, dict[str, Any]]) -> None:
             raise ValueError(f'no pipeline of this config has a transform {name}{choice}')
         for node in chosen:
             node.update(values)
+
+
+def _add_backends(cfg: Any, names: Iterable[str]) -> None:
+    visualizer = cfg.get('visualizer')
+    if not visualizer:
+        raise ValueError('settings.watch: this config has no visualizer to add a backend to')
+    for name in names:
+        if name not in BACKENDS:
+            raise ValueError(f"settings.watch knows no '{name}'{suggest(name, BACKENDS)}")
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f'settings.watch={name} needs its package: pip install {name}')
+        backends = visualizer.setdefault('vis_backends', [])
+        if BACKENDS[name] not in map(class_name, backends):
+            backends.append(dict(type=BACKENDS[name]))
+
+
+def _set_pictures(cfg: Any, images: Iterable[str]) -> None:
+    hooks = cfg['custom_hooks'] = list(cfg.get('custom_hooks') or [])
+    chosen = [hook for hook in hooks if class_name(hook) == 'PictureHook']
+    if not chosen:
+        chosen = [dict(type='cae_mm.PictureHook')]
+        hooks += chosen
+    for hook in chosen:
+        hook['images'] = [os.path.expanduser(path) for path in images]
 
 
 def _set_data_root(cfg: Any, root: str) -> None:

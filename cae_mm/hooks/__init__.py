@@ -1,9 +1,10 @@
-"""Hooks of the Runner: checkpoints, safe loading, progress, guards, kNN during training."""
+"""Hooks of the Runner: checkpoints, safe loading, progress, guards, kNN and pictures during training."""
 
 from cae_mm.hooks.checkpoint import SafeLoadHook
 from cae_mm.hooks.collapse import CollapseHook
 from cae_mm.hooks.faults import NumericalFaultHook
 from cae_mm.hooks.knn import KNNHook
+from cae_mm.hooks.pictures import PictureHook
 from cae_mm.hooks.progress import ProgressHook
 from cae_mm.hooks.saving import CheckpointHook
 from cae_mm.hooks.training import AlignmentRampHook, GumbelTemperatureHook
@@ -16,6 +17,7 @@ __all__ = [
     'GumbelTemperatureHook',
     'KNNHook',
     'NumericalFaultHook',
+    'PictureHook',
     'ProgressHook',
     'SafeLoadHook',
     'UnreadableImagesHook',

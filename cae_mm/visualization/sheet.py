@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -16,20 +17,23 @@ MARGIN = 24  # pixels for a line of text
 RIGHT, WRONG = (0.1, 0.7, 0.2), (0.85, 0.1, 0.1)
 
 
-def save_sheet(
+def save_sheet(rows: Sequence[Sequence[Tensor]], path: str | Path, **options: Any) -> None:
+    """Save as PNG what ``draw_sheet`` draws."""
+    save_figure(draw_sheet(rows, **options), path)
+
+
+def draw_sheet(
     rows: Sequence[Sequence[Tensor]],
-    path: str | Path,
     *,
     titles: Sequence[str] = (),
     labels: Sequence[str] = (),
     note: str = '',
     side: int = 160,
-) -> None:
-    """Save rows of pictures, RGB (3, H, W) in [0, 1] of one shape, as PNG.
+) -> Figure:
+    """Draw rows of pictures, RGB (3, H, W) in [0, 1] of one shape.
 
     Args:
         rows: Of the same length.
-        path: File to write; its folder is made.
         titles: One above each column.
         labels: One on the left of each row.
         note: A line below the pictures.
@@ -57,11 +61,18 @@ def save_sheet(
         write(title, left + j * (width + GAP) + width / 2, MARGIN / 2)
     write(note, size[1] / 2, size[0] - MARGIN / 2)
     figure.figimage(canvas)
-    save_figure(figure, path)
+    return figure
+
+
+def to_pixels(figure: Figure) -> np.ndarray:
+    """Pixels of a figure, as ``save_figure`` would write them: RGB, uint8 (H, W, 3)."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a PNG whose bytes follow from the figure alone."""
+    """Write a PNG whose bytes follow from the figure alone; its folder is made."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI, metadata={'Software': None})
 
