@@ -158,19 +158,19 @@ def _add_backends(cfg: Any, names: Iterable[str]) -> None:
             raise ValueError(f"settings.watch knows no '{name}'{suggest(name, BACKENDS)}")
         if importlib.util.find_spec(name) is None:
             raise ImportError(f'settings.watch={name} needs its package: pip install {name}')
-        backends = visualizer.setdefault('vis_backends', [])
+        backends = visualizer.get('vis_backends') or []
         if BACKENDS[name] not in map(class_name, backends):
-            backends.append(dict(type=BACKENDS[name]))
+            visualizer['vis_backends'] = [*backends, dict(type=BACKENDS[name])]
 
 
 def _set_pictures(cfg: Any, images: Iterable[str]) -> None:
-    hooks = cfg['custom_hooks'] = list(cfg.get('custom_hooks') or [])
-    chosen = [hook for hook in hooks if class_name(hook) == 'PictureHook']
-    if not chosen:
-        chosen = [dict(type='cae_mm.PictureHook')]
-        hooks += chosen
-    for hook in chosen:
-        hook['images'] = [os.path.expanduser(path) for path in images]
+    hooks = list(cfg.get('custom_hooks') or [])
+    if 'PictureHook' not in map(class_name, hooks):
+        hooks.append(dict(type='cae_mm.PictureHook'))
+    for hook in hooks:
+        if class_name(hook) == 'PictureHook':
+            hook['images'] = [os.path.expanduser(path) for path in images]
+    cfg['custom_hooks'] = hooks
 
 
 def _set_data_root(cfg: Any, root: str) -> None:

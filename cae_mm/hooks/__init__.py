@@ -1,4 +1,4 @@
-"""Hooks of the Runner: checkpoints, safe loading, progress, guards, kNN and pictures during training."""
+"""Hooks of the Runner: checkpoints, safe loading, progress, guards, kNN and pictures."""
 
 from cae_mm.hooks.checkpoint import SafeLoadHook
 from cae_mm.hooks.collapse import CollapseHook

@@ -1,5 +1,6 @@
 """What users change has one place, whatever a config's pipelines look like."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -216,3 +217,36 @@ def test_epochs_move_milestones_and_are_not_for_iterations():
     cfg.param_scheduler = [dict(type='MultiStepLR', by_epoch=True, milestones=[9, 11])]
     apply_settings(cfg, epochs=4)
     assert cfg.param_scheduler[0].milestones == [3, 4]
+
+
+@pytest.mark.parametrize('name', LEAVES)
+def test_a_run_is_watched_beside_its_files(name, monkeypatch):
+    """Without the packages installed; twice is once."""
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name)
+    cfg = read(name)
+    apply_settings(cfg, watch='tensorboard')
+    apply_settings(cfg, watch=['tensorboard', 'mlflow'])
+    types = [backend.type for backend in cfg.visualizer.vis_backends]
+    assert types == ['LocalVisBackend', 'TensorboardVisBackend', 'MLflowVisBackend']
+
+
+def test_watching_without_a_package_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(ImportError, match='settings.watch=wandb needs .*: pip install wandb'):
+        apply_settings(read('cae'), watch='wandb')
+    with pytest.raises(ValueError, match="watch knows no 'tensorbord': did you mean tensorboard"):
+        apply_settings(read('cae'), watch=['tensorbord'])
+    with pytest.raises(ValueError, match='settings.watch: this config has no visualizer'):
+        apply_settings(Config(), watch='wandb')
+
+
+def test_pictures_are_one_hook(monkeypatch):
+    cfg = read('rgb')
+    before = list(cfg.custom_hooks)
+    apply_settings(cfg, pictures='MY')
+    assert cfg.custom_hooks == [*before, dict(type='cae_mm.PictureHook', images=['MY'])]
+    cfg.custom_hooks[-1].interval = 3
+    monkeypatch.setenv('HOME', '/home/me')
+    apply_settings(cfg, pictures=['~/a', 'b'])
+    hook = dict(type='cae_mm.PictureHook', images=['/home/me/a', 'b'], interval=3)
+    assert cfg.custom_hooks == [*before, hook]
