@@ -353,20 +353,27 @@ def make_lines(study: Study) -> list[list[str]]:
 
 
 def draw(study: Study, path: Path) -> None:
-    """Accuracy against operations, one panel for each column; bars are standard deviations."""
-    groups = {row: rs for row, rs in group(study).items() if rs[0].get('pflop')}
+    """Accuracy against operations, one panel for each column; bars are standard deviations.
+
+    What was not trained, a random encoder, is a dashed line.
+    """
+    groups = {row: results for row, results in group(study).items() if results[0]['accuracy']}
     names = columns_of(groups)
     size = (4.2 * len(names), 4.5)
     figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, layout='constrained')
-    colours = plt.colormaps['tab20'](np.linspace(0, 1, max(len(groups), 2)))
+    colours = plt.colormaps['tab20'](np.arange(len(groups)) % 20)
     for axis, name in zip(axes[0], names, strict=True):
         for colour, (row, results) in zip(colours, groups.items(), strict=True):
             values = [100 * r['accuracy'][name] for r in results if name in r['accuracy']]
-            if values:
+            price = fmean(r.get('pflop', 0) for r in results)
+            if values and price:
                 error = stdev(values) if len(values) > 1 else 0
-                x = fmean(r['pflop'] for r in results)
-                axis.errorbar(x, fmean(values), error, fmt='o', color=colour, label=row, capsize=3)
-        axis.set(xlabel='pretraining, PFLOP', ylabel=f'{name}, %', xscale='log')
+                style: dict[str, Any] = dict(fmt='o', color=colour, capsize=3)
+                axis.errorbar(price, fmean(values), error, label=row, **style)
+            elif values:
+                axis.axhline(fmean(values), color=colour, linestyle='--', label=row)
+        axis.set(xlabel='pretraining, PFLOP', ylabel=f'{name}, %')
+        axis.set_xlim(0, 1.1 * axis.dataLim.x1)
         axis.grid(alpha=0.3)
     handles = axes[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc='outside lower center', ncols=4, fontsize='small')
