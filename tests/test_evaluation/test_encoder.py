@@ -98,6 +98,26 @@ def test_features_of_a_block_in_between(images, cfg, blocks):
     torch.testing.assert_close(features, expected)
 
 
+def test_patches(images):
+    """Tokens after the class token, a map row by row; their mean is the feature."""
+    cae = load(Config(dict(model=cae_config())), features=['mean'])
+    normal = cae.normalizer({'inputs': images})['inputs'][0]
+    with torch.no_grad():
+        expected = cae.backbone.forward_features(normal)[:, 1:]
+    torch.testing.assert_close(cae.patches(images), expected)
+    other = load(classifier(VIT), features=['mean'])
+    assert other.patches(images).shape == (3, 16, 16)
+    net = load(classifier(RESNET), features=['mean'])
+    large = torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8)
+    with torch.no_grad():
+        [maps] = net.backbone(net.normalizer({'inputs': large})['inputs'][0])
+    assert maps.shape == (2, 64, 2, 3)
+    torch.testing.assert_close(net.patches(large)[:, 4], maps[:, :, 1, 1])
+    for encoder in (cae, other, net):
+        mean = encoder.patches(images).mean(1, keepdim=True)
+        torch.testing.assert_close(mean, encoder(images))
+
+
 def test_features_of_a_convolutional_net(images):
     encoder = load(classifier(RESNET), features=['mean'])
     assert encoder(images).shape == (3, 1, 64)

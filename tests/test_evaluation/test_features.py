@@ -47,6 +47,14 @@ def extract(encoder, images, rows, batch_size=4, num_workers=0):
     return torch.cat(list(extract_features(encoder, images, rows, **options)))
 
 
+def test_patches_of_chosen_images(encoder, images):
+    rows = [5, 0, 13]
+    options = dict(batch_size=2, num_workers=0)
+    patches = torch.cat([*extract_features(encoder, images, rows, patches=True, **options)])
+    expected = encoder.patches(torch.stack([images[row][0] for row in rows]))
+    torch.testing.assert_close(patches, expected)
+
+
 def test_features_do_not_depend_on_batch_and_order(encoder, images):
     """Up to rounding, since matrix products may add up otherwise at other batch sizes."""
     expected = extract(encoder, images, range(14))
