@@ -118,20 +118,18 @@ def test_neighbors(work, capsys):
 
 
 def test_right_and_wrong_neighbors(work, capsys):
-    """Of two classes of which one is in the folder, half of the images find only wrong ones."""
-    for path in (work / 'train' / 'bright').iterdir():
+    """Of nine neighbours eight are dark: of dark images all but one is right, of bright ones one."""
+    for path in [*(work / 'train' / 'bright').iterdir(), *(work / 'val' / 'bright').iterdir()][1:]:
         path.unlink()
-    Image.new('RGB', (20, 20)).save(work / 'train' / 'bright' / 'x.png')
-    sheet = draw('neighbours', '--train', 'train', '--val', 'val', '--count', 6, '--k', 9)
-    right, wrong = ([25, 178, 51], [217, 26, 26])
-    corners = sheet[24 : 24 + 6 * 164 : 164, 24 + 164 : 24 + 10 * 164 : 164]  # 6 x 9
-    assert corners.shape == (6, 9, 3)
-    marks = [
-        [abs(pixel - np.array(color)).max() < 3 for color in (right, wrong)]
-        for pixel in corners.reshape(-1, 3).astype(int)
+    for folder in ('train', 'val'):
+        Image.new('RGB', (20, 20), 'white').save(work / folder / 'bright' / '0.png')
+    sheet = draw('neighbours', '--train', 'train', '--val', 'val', '--count', 4, '--k', 9)
+    corners = sheet[24 : 24 + 4 * 164 : 164, 24 + 164 : 24 + 10 * 164 : 164].astype(int)  # 4 x 9
+    count = [
+        np.sum(np.abs(corners - color).max(-1) < 3) for color in ([25, 178, 51], [217, 26, 26])
     ]
-    assert np.sum(marks, 0).tolist() == [3 * 8 + 3, 3 * 8 + 3]
-    assert '50% of the neighbours are of the right class' in capsys.readouterr().out
+    assert count == [3 * 8 + 1, 3 * 1 + 8]
+    assert f'{25 / 36:.0%} of the neighbours are of the right class' in capsys.readouterr().out
 
 
 def test_map(work):
