@@ -118,10 +118,10 @@ def test_neighbors(work, capsys):
 
 
 def test_right_and_wrong_neighbors(work, capsys):
-    """Of nine neighbours eight are dark: of dark images all but one is right, of bright ones one."""
-    for path in [*(work / 'train' / 'bright').iterdir(), *(work / 'val' / 'bright').iterdir()][1:]:
-        path.unlink()
+    """All nine images are neighbours, eight of them dark; three dark ones ask and a bright one."""
     for folder in ('train', 'val'):
+        for path in (work / folder / 'bright').iterdir():
+            path.unlink()
         Image.new('RGB', (20, 20), 'white').save(work / folder / 'bright' / '0.png')
     sheet = draw('neighbours', '--train', 'train', '--val', 'val', '--count', 4, '--k', 9)
     corners = sheet[24 : 24 + 4 * 164 : 164, 24 + 164 : 24 + 10 * 164 : 164].astype(int)  # 4 x 9
