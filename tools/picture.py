@@ -199,7 +199,7 @@ def draw_attention(args: argparse.Namespace) -> None:
     files = find_images(args.images, args.count, args.seed)
     look = {'class': look_at_patches, 'probe': look_at_patches, 'regressor': look_through_regressor}
     seen = [look[args.of](source, files, args) for source in args.sources]
-    top = float(np.quantile(np.concatenate([maps.flatten() for _, maps, _ in seen]), 0.995))
+    top = float(np.quantile(np.concatenate([maps.flatten() for _, maps, _ in seen]), 0.99))
     rows = [paint_attention(firsts, maps, grid, top) for firsts, maps, grid in seen]
     titles = ['', 'mean', *(f'head {i + 1}' for i in range(max(map(len, rows[0])) - 2))]
     for source, (_, maps, grid) in zip(args.sources, seen, strict=True):

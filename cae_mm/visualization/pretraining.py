@@ -36,11 +36,11 @@ def build_cae(cfg: Config, seed: int = 0) -> CAE:
 
 
 def load_weights(model: CAE, checkpoint: str | Path) -> CAE:
-    """Load a pretraining's checkpoint (or 'random': initialise), and what the targets need."""
+    """Load a pretraining's checkpoint, or initialise ('random'); the tokenizer has its own file."""
     if checkpoint == RANDOM:
-        quiet_init(model)
+        quiet_init(model.backbone)
+        quiet_init(model.neck)
     else:
-        model.target_generator.init_weights()
         load_pretrained(model, checkpoint)
     return model.eval()
 

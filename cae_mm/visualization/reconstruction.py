@@ -10,6 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import Tensor
 
+from cae_mm.evaluation.encoder import quiet_init
 from cae_mm.models import CAE, DALLEEncoder
 from cae_mm.models.targets.rgb import RGBTarget, patch_statistics
 from cae_mm.patches import split_mask
@@ -45,6 +46,7 @@ def paint_files(
     """
     model = build_cae(cfg, seed)
     painter = find_painter(model, decoder)
+    quiet_init(model.target_generator)
     load_weights(model, checkpoint).to(device)
     if painter is not None:
         painter.to(device).eval()

@@ -27,8 +27,9 @@ def work(tmp_path, monkeypatch):
     """A folder with a config, a checkpoint, its encoder alone, and images of two classes."""
     make_images(tmp_path / 'train', CLASSES, 8)
     make_images(tmp_path / 'val', CLASSES, 3)
-    loader = dict(dataset=dict(pipeline=PIPELINE))
-    Config(dict(model=cae_config(), train_dataloader=loader)).dump(tmp_path / 'config.py')
+    cfg = Config(dict(model=cae_config(), train_dataloader=dict(dataset=dict(pipeline=PIPELINE))))
+    cfg.model.target_generator.init_cfg = dict(type='Pretrained', checkpoint='of_nobody.pth')
+    cfg.dump(tmp_path / 'config.py')
     model = randomize(build_cae())
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'epoch_3.pth')
     torch.save(model.backbone.state_dict(), tmp_path / 'encoder.pth')
@@ -145,6 +146,11 @@ def test_two_runs_with_files_of_one_name(work, capsys):
     draw('attention', 'val', '--count', 1, '--against', 'config.py', 'other/epoch_3.pth')
     assert 'other: the mean' in (printed := capsys.readouterr().out)
     assert f'{work.name}: the mean' in printed
+
+
+def test_only_reconstruction_needs_the_tokenizer(work):
+    with pytest.raises(FileNotFoundError, match='no weights for DiscreteVAE at .*of_nobody.pth'):
+        draw('reconstruct', 'val')
 
 
 def test_against_takes_two_words(work):
