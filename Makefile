@@ -12,7 +12,7 @@ VENV := $(VENV_$(STACK))
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test docs soak mutants lock lint check release-check bench format clean-setup
+.PHONY: help setup demo test docs soak mutants lock lint check release-check links bench format clean-setup
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,12 @@ docs: setup  ## Build the documentation into build/site; warnings are errors
 	$(RUN) -m sphinx --fail-on-warning --keep-going -q -b html -c docs . build/site
 
 check: lint docs test  ## Lint, documentation and tests; continuous integration does so with EXTRAS=all
+
+release-check: setup  ## Build wheel and sdist, install them into a new environment and use them
+	tools/release_check.sh $(RUN)
+
+links: setup  ## Fetch every external link of the documentation
+	$(RUN) -m sphinx -q -b linkcheck -c docs . build/links
 
 soak: setup  ## Inject faults for as long as it takes, and print what happened (docs/reliability.md)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/soak -x -q

@@ -27,6 +27,7 @@ exclude_patterns = ['.*', 'build', 'data', 'work_dirs', 'docs/_*']  # not to be 
 templates_path = [str(Path(__file__).with_name('_templates'))]  # absolute: autosummary wants it
 
 html_theme = 'furo'
+html_favicon = 'images/icon.svg'
 html_title = f'cae-mm {version}'
 html_additional_pages = {'index': 'to_root.html'}  # the site's address leads to docs/index.html
 html_copy_source = False

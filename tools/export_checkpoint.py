@@ -21,7 +21,7 @@ def print_report(result: Export, target: str) -> None:
         print(f'features in {dtype} differ by {error:.2g} of the largest')
     if not result.errors:
         print('converted back, all weights are bit for bit the same')
-    print(f'written: {result.path}\nload it: {result.usage}')
+    print(f'written: {result.path}\ncard:    {result.card}\nload it: {result.usage}')
 
 
 def main(argv: list[str] | None = None) -> int:

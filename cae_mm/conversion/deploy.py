@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from mmengine.config import Config
 from torch import Tensor, nn
 from torch.export import Dim
 
+from cae_mm.checkpoints import read_checkpoint
+from cae_mm.checkpoints.pretrained import find_file
+from cae_mm.conversion.card import write_card
 from cae_mm.evaluation.encoder import load_backbone, read_normalizer
 from cae_mm.models import CAEViT
 
@@ -53,6 +57,7 @@ class ExportedEncoder(nn.Module):
         indices = backbone.out_indices
         self.output_names = [kind] if len(indices) == 1 else [f'{kind}_{i}' for i in indices]
         self.backbone, self.takes_pixels = backbone, takes_pixels
+        self.source = None if checkpoint == 'random' else find_file(checkpoint, 'export')
         normalizer = read_normalizer(cfg)
         self.channels = 'RGB' if normalizer.to_rgb else 'BGR'
         self.register_buffer('mean', normalizer.means[0])  # [1, C, 1, 1]
@@ -70,7 +75,7 @@ class ExportedEncoder(nn.Module):
 
 
 def export_encoder(model: ExportedEncoder, size: tuple[int, int], path: Path) -> float:
-    """Write a file for any batch of images of ``size``, height and width, and check it.
+    """Write a file for any batch of images of ``size``, height and width, check it, add a card.
 
     Returns:
         The largest difference from the model, relative to the largest value.
@@ -89,10 +94,33 @@ def export_encoder(model: ExportedEncoder, size: tuple[int, int], path: Path) ->
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of constants in a trace, of torch's own reader
             run = WRITERS[path.suffix](model, images, path)
-        return _compare(run, model, size)
+        difference = _compare(run, model, size)
     except Exception as error:
         path.unlink(missing_ok=True)
         raise ValueError(f'{path} was not kept: {error}') from error
+    _write_card(model, size, path, difference)
+    return difference
+
+
+def _write_card(
+    model: ExportedEncoder, size: tuple[int, int], path: Path, difference: float
+) -> None:
+    mean, std = (tuple(round(v, 4) for v in b.flatten().tolist()) for b in (model.mean, model.std))
+    write_card(
+        path,
+        replace(
+            model.backbone.describe(),
+            img_size=size,
+            mean=mean,
+            std=std,
+            to_rgb=model.channels == 'RGB',
+        ),
+        read_checkpoint(model.source) if model.source else None,
+        library=LIBRARIES[path.suffix],
+        code=READERS[path.suffix].format(name=path.name, names=', '.join(model.output_names)),
+        checked=f'read back, outputs of random images differ by {difference:.1e} of the largest',
+        takes_pixels=model.takes_pixels,
+    )
 
 
 def write_program(model: ExportedEncoder, images: Tensor, path: Path) -> Run:
@@ -126,6 +154,13 @@ def write_onnx(model: ExportedEncoder, images: Tensor, path: Path) -> Run:
 
 
 WRITERS = {'.onnx': write_onnx, '.pt2': write_program}
+# for the card
+LIBRARIES = {'.onnx': 'onnxruntime', '.pt2': 'torch'}
+READERS = {
+    '.onnx': "import onnxruntime\n\nsession = onnxruntime.InferenceSession('{name}')\n"
+    "outputs = session.run(None, {{'images': images.numpy()}})  # {names}",
+    '.pt2': "encoder = torch.export.load('{name}').module()\noutputs = encoder(images)  # {names}",
+}
 
 
 def _check_kind(model: ExportedEncoder, path: Path) -> None:

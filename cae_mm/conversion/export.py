@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cae_mm.checkpoints import EncoderDescription, read_checkpoint
 from cae_mm.checkpoints.pretrained import find_file, strip_prefix
+from cae_mm.conversion.card import write_card
 from cae_mm.conversion.convert import PARTS, name_output, translate
 from cae_mm.conversion.rules import LeaveOut, Rule, to_foreign
 from cae_mm.conversion.sizes import describe_weights, fixed_tensors
@@ -36,6 +37,7 @@ class Export:
     # largest difference of features over the largest, by precision; none if checked by way back
     errors: dict[torch.dtype, float]
     usage: str  # how the other project loads it
+    card: Path  # what the file is, in words
 
 
 def export_checkpoint(
@@ -94,7 +96,25 @@ def export_checkpoint(
         raise ValueError(f'{path} cannot be exported to {target}: {error}') from error
     counts |= {LeaveOut('(left out)', f'{k}.{{rest}}', 'not exported'): n for k, n in left.items()}
     place = name_output(out, path, state, TARGETS[target].suffix)
-    return Export(place, counts, remarks, errors, network.write(place, weights))
+    usage = network.write(place, weights)
+    code = TARGETS[target].code.format(usage=usage.replace(str(place), place.name))
+    card = write_card(
+        place,
+        description,
+        file,
+        library=target,
+        code=code or usage.replace(str(place), place.name),
+        checked=_tell_errors(errors),
+        language='python' if code else 'text',
+    )
+    return Export(place, counts, remarks, errors, usage, card)
+
+
+def _tell_errors(errors: dict[torch.dtype, float]) -> str:
+    if not errors:
+        return 'converted back, all weights are bit for bit the same'
+    found = (f'{error:.1e} of the largest in {dtype}' for dtype, error in errors.items())
+    return f'features of a random image differ by {", ".join(found)}'
 
 
 def _assume(

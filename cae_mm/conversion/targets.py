@@ -40,6 +40,8 @@ class Target(NamedTuple):
     places: tuple[str, ...] = ('backbone', 'head')  # parts of our model that it takes
     needs_norm: bool = False  # whether its network always has a final norm
     suffix: str = ''  # of the file that is written; '' for a folder
+    # of its card: Python around what loads it, for ``images``; '' where there is no package
+    code: str = ''
 
 
 def _build_mmpretrain(d: EncoderDescription, state: State) -> Network:
@@ -155,9 +157,25 @@ def _build_official(d: EncoderDescription, state: State) -> Network:
 
 
 TARGETS = {
-    'mmpretrain': Target(_build_mmpretrain, suffix='.pth'),
-    'timm': Target(_build_timm, needs_norm=True),
-    'huggingface': Target(_build_huggingface, places=('backbone',), needs_norm=True),
+    'mmpretrain': Target(
+        _build_mmpretrain,
+        suffix='.pth',
+        code='import mmpretrain.models\nfrom mmengine.registry import MODELS\n\n{usage}\n'
+        'model = MODELS.build(backbone)\nmodel.init_weights()\nmodel.eval()\n'
+        '[features] = model(images)',
+    ),
+    'timm': Target(
+        _build_timm,
+        needs_norm=True,
+        code='import timm\n\nmodel = {usage}.eval()\nfeatures = model.forward_features(images)',
+    ),
+    'huggingface': Target(
+        _build_huggingface,
+        places=('backbone',),
+        needs_norm=True,
+        code='import transformers\n\nmodel = {usage}.eval()\n'
+        'features = model(images).last_hidden_state',
+    ),
     'official': Target(_build_official, places=('backbone', 'neck', 'head'), suffix='.pth'),
 }
 

@@ -1,6 +1,7 @@
 """Weights of ours, carried out, compute the same in the networks of others."""
 
 import builtins
+import hashlib
 import json
 import re
 import sys
@@ -8,6 +9,7 @@ import sys
 import official_reference as official
 import pytest
 import torch
+import yaml
 from mmengine.registry import MODELS
 
 import cae_mm.conversion.export as export_module
@@ -75,12 +77,22 @@ def load_huggingface(usage, path):
     return model, features
 
 
+def run_card(path):
+    """Rows of a card's table, and the features that its code computes."""
+    _, header, text = path.read_text().split('---\n', 2)
+    assert yaml.safe_load(header)['pipeline_tag'] == 'image-feature-extraction'
+    rows = dict(re.findall(r'^\| (\w.*?) \| (.*) \|$', text, re.MULTILINE))
+    values = {}
+    exec(re.search(r'```python\n(.*)```', text, re.DOTALL)[1], values)
+    return rows, values['features']
+
+
 LOADERS = dict(mmpretrain=load_mmpretrain, timm=load_timm, huggingface=load_huggingface)
 
 
 @pytest.mark.parametrize('pooled', [False, True], ids=['pretrained', 'fine-tuned'])
 @pytest.mark.parametrize('target', list(LOADERS))
-def test_features_are_the_same_there(tmp_path, target, pooled):
+def test_features_are_the_same_there(tmp_path, monkeypatch, target, pooled):
     if target != 'mmpretrain':
         pytest.importorskip('timm' if target == 'timm' else 'transformers')
     ours = build(pooled)
@@ -91,6 +103,13 @@ def test_features_are_the_same_there(tmp_path, target, pooled):
     assert any('--pool' in remark for remark in result.remarks)
     theirs, features = LOADERS[target](result.usage, result.path)
     theirs.eval()
+    monkeypatch.chdir(tmp_path)
+    rows, found = run_card(result.card)
+    assert rows['network'] == '2 blocks of width 24, 3 heads, patches of 4 px'
+    assert rows['images'].startswith('12 x 12 px') and 'normalisation not known' in rows['images']
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in rows['weights']
+    assert rows['trained'] == rows['data'] == rows['metrics'] == 'not known: the file does not tell'
+    assert found.shape[:1] == (1,) and found.shape[-1] == 24 and found.isfinite().all()
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-9)):
         expected = ours.to(dtype)(IMAGES.to(dtype))[0]
         theirs.to(dtype)
@@ -119,10 +138,30 @@ def test_official_weights_come_back_bit_for_bit(tmp_path, state):
             assert torch.equal(back[key], value), key
 
 
+def test_a_card_tells_what_the_run_wrote(tmp_path, monkeypatch):
+    model = build()
+    known = dict(mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.0))
+    meta = dict(experiment_name='mine_20260101', epoch=3, iter=60, seed=7, cae_mm={})
+    meta['cae_mm']['encoder'] = model.describe().to_dict() | known
+    state = {f'backbone.{k}': v for k, v in model.state_dict().items()}
+    hub = {'runtime_info': {'best_score': 0.5}}
+    torch.save(dict(state_dict=state, meta=meta, message_hub=hub), tmp_path / 'own.pth')
+    result = export_checkpoint(tmp_path / 'own.pth', tmp_path / 'out', 'mmpretrain')
+    monkeypatch.chdir(tmp_path)
+    rows, features = run_card(result.card)
+    assert rows['trained'] == 'experiment_name mine_20260101, epoch 3, iter 60, seed 7'
+    assert rows['metrics'] == 'best score 0.5'
+    assert 'minus (1.0, 2.0, 3.0), divided by (4.0, 5.0, 6.0)' in rows['images']
+    text = result.card.read_text()
+    assert 'images - torch.tensor([1.0, 2.0, 3.0]).view(-1, 1, 1)) / torch.tensor([4.0' in text
+
+
 def test_official_encoder_alone(tmp_path):
     path = save(build(), tmp_path / 'own.pth')
     result = export_checkpoint(path, tmp_path, 'official', **OPTIONS)
     assert result.path == tmp_path / 'own_encoder.pth' and result.errors == {}
+    card = (tmp_path / 'own_encoder.pth.md').read_text()
+    assert '```text\n--finetune own_encoder.pth,' in card and 'converted back, all' in card
     state = torch.load(result.path, weights_only=True)['model']
     expected = {k for k in official.pretraining_state() if k.startswith('encoder.')}
     assert state.keys() == expected

@@ -1,5 +1,6 @@
 """tools/export_encoder.py as a user runs it."""
 
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from cae_mm.conversion import deploy
 from cae_mm.evaluation.encoder import load_backbone
 
 FILES = pytest.mark.parametrize('name', ['encoder.onnx', 'encoder.pt2'])
+IMAGENET = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 DENSE = dict(
     out_indices=(0, 1), out_type='featmap', use_rel_pos_bias=True, img_size=16, final_norm=False
 )
@@ -65,6 +67,28 @@ def test_any_batch_and_every_type_of_output(export, name, out_type, capsys):
     printed = capsys.readouterr().out
     assert '(any batch, 3, 16, 16), RGB, normalised: minus (123.675, 116.28, 103.53)' in printed
     assert f'output  {out_type}\n' in printed and 'largest difference' in printed
+
+
+@FILES
+@pytest.mark.parametrize('normalize', [False, True])
+def test_the_card_says_how_it_is_read(export, name, normalize, monkeypatch):
+    path, model = export(name, '--out-type', 'cls_token', *(['--normalize'] if normalize else []))
+    monkeypatch.chdir(path.parent)
+    text = Path(f'{name}.md').read_text()
+    assert '| network | 2 blocks of width 16, 2 heads, patches of 4 px |' in text
+    assert '| images | 16 x 16 px, RGB in [0, 255], ' in text and '`epoch_1.pth`, SHA-256' in text
+    code = re.search(r'```python\n(.*)```', text, re.DOTALL)[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of torch's own reader
+        exec(code, values := {})
+    images = values['images']
+    if normalize:
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in IMAGENET)
+        images = (images - mean) / std
+    model.out_type = 'cls_token'
+    torch.testing.assert_close(
+        torch.as_tensor(values['outputs'][0]), model(images)[0], rtol=1e-4, atol=1e-5
+    )
 
 
 @FILES
