@@ -266,7 +266,6 @@ PROGRAM_CHECKS = {
     'mim': check_mim,
     'pip': check_pip,
     'python': check_python,
-    'sbatch': lambda words, monkeypatch: None,  # what it wraps stands above it
     'slurm_train.sh': check_slurm,
     'torchrun': check_torchrun,
 }
