@@ -55,6 +55,8 @@ class Row:
         seeds: Of the trainings; all random numbers follow from them.
         pflop: Operations of the training in 10^15, from which its epochs follow; None keeps those
             of the config, 0 trains nothing: a random encoder.
+        tokens: Makes it a second round: ``of``, the row whose patch features are clustered (of the
+            same seed, as above), and the ``number`` of clusters, which are the targets.
         judge: Columns of the report that quick probes give, see ``NAMES``.
         tasks: Trainings that begin with the encoder, by the name of their column: ``config``,
             ``options``, and ``metric``, the name of a number of their evaluation.
@@ -66,13 +68,21 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     pflop: float | None = None
+    tokens: dict[str, Any] | None = None
     judge: tuple[str, ...] = ('attentive', 'logreg', 'knn')
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def what(self) -> dict[str, Any]:
-        """All that a result depends on, as JSON has it."""
-        return json.loads(json.dumps({k: v for k, v in asdict(self).items() if k != 'seeds'}))
+        """All that a result depends on, as JSON has it; what says nothing is left out."""
+        said = {k: v for k, v in asdict(self).items() if k != 'seeds' and v not in (None, {}, ())}
+        return json.loads(json.dumps(said))
+
+    @property
+    def needs(self) -> set[str]:
+        """Names of the rows whose checkpoints it takes."""
+        braces = {v[1:-1] for v in self.options.values() if isinstance(v, str) and v[:1] == '{'}
+        return braces | ({self.tokens['of']} if self.tokens else set())
 
 
 class Study:
@@ -127,6 +137,8 @@ class Study:
         """Train, judge, and say at what price."""
         folder = self.folder_of(row, seed)
         options = self._fill_in(row.options, seed)
+        if row.tokens:
+            options |= self._make_tokens(row, seed)
         options |= {'settings.data_root': str(ROOT / row.data), 'randomness.seed': seed}
         config = write_config(row.config, folder, options)
         result = dict(row=row.what, seed=seed, commit=find_commit(), machine=describe_machine())
@@ -143,6 +155,24 @@ class Study:
         judged = self._probe(row, seed, config, checkpoint) if row.judge else {}
         tasks = {name: self._train_task(row, seed, name, checkpoint) for name in row.tasks}
         return result | dict(accuracy=judged | tasks)
+
+    def _make_tokens(self, row: Row, seed: int) -> dict[str, Any]:
+        """Cluster the features of the first round; return the options that take the clusters."""
+        assert row.tokens is not None
+        number, first = row.tokens['number'], self._find_folder(row.tokens['of'], seed)
+        out = self.folder_of(row, seed) / 'tokenizer.safetensors'
+        if not out.exists():
+            tool = [sys.executable, 'tools/make_tokenizer.py', first / 'config.py']
+            words = [last_checkpoint(first), '--out', out, '--tokens', number, '--seed', seed]
+            subprocess.run([str(word) for word in [*tool, *words]], cwd=ROOT, check=True)
+        generator = dict(
+            _delete_=True,
+            type='cae_mm.KMeansTokenizer',
+            backbone=load_config(first / 'config.py').model.backbone.to_dict(),
+            vocab_size=number,
+            init_cfg=dict(type='Pretrained', checkpoint=str(out)),
+        )
+        return {'model.target_generator': generator, 'model.neck.out_dims': number}
 
     def _probe(self, row: Row, seed: int, config: Path, checkpoint: Path | str) -> dict[str, float]:
         """Accuracies of quick probes, in [0, 1]."""
@@ -182,10 +212,21 @@ class Study:
         filled = dict(options)
         for key, value in options.items():
             if isinstance(value, str) and value[:1] == '{':
-                other = self.rows[value[1:-1]]
-                own = seed if seed in other.seeds else other.seeds[0]
-                filled[key] = str(last_checkpoint(self.folder_of(other, own)))
+                filled[key] = str(last_checkpoint(self._find_folder(value[1:-1], seed)))
         return filled
+
+    def _find_folder(self, name: str, seed: int) -> Path:
+        """Where the row NAME was trained for a run of this seed."""
+        return self.folder_of(self.rows[name], self._seed_of(name, seed))
+
+    def _seed_of(self, name: str, seed: int) -> int:
+        seeds = self.rows[name].seeds
+        return seed if seed in seeds else seeds[0]
+
+    def price(self, name: str, seed: int) -> float:
+        """PFLOP of a finished run, with those of the rows that it needs."""
+        needed = [self.price(other, self._seed_of(other, seed)) for other in self.rows[name].needs]
+        return self.results[name, seed].get('pflop', 0.0) + sum(needed)
 
 
 def run_all(file: Path, folder: Path) -> None:
@@ -337,12 +378,25 @@ def make_lines(study: Study) -> list[list[str]]:
     """Head and cells of the report: price, accuracies, and difference from the reference."""
     groups = group(study)
     names = columns_of(groups)
-    lines = [['row', 'seeds', 'epochs', 'PFLOP', 'minutes', *names, f'{names[0]} - reference']]
+    lines = [
+        [
+            'row',
+            'seeds',
+            'epochs',
+            'PFLOP',
+            'with tokenizer',
+            'minutes',
+            *names,
+            f'{names[0]} - reference',
+        ]
+    ]
     reference = groups.get(study.reference, [])
     for row, results in groups.items():
-        price = dict.fromkeys(('epochs', 'pflop', 'seconds'), 0.0)
-        price |= {key: fmean(r.get(key, 0) for r in results) for key in price}
-        cells = [f'{price["epochs"]:.0f}', f'{price["pflop"]:.3f}', f'{price["seconds"] / 60:.0f}']
+        epochs, pflop, seconds = (
+            fmean(r.get(key, 0) for r in results) for key in ('epochs', 'pflop', 'seconds')
+        )
+        total = fmean(study.price(row, r['seed']) for r in results)
+        cells = [f'{epochs:.0f}', f'{pflop:.3f}', f'{total:.3f}', f'{seconds / 60:.0f}']
         for name in names:
             values = [r['accuracy'][name] for r in results if name in r['accuracy']]
             cells.append(spread(values) if values else '')
@@ -365,14 +419,14 @@ def draw(study: Study, path: Path) -> None:
     for axis, name in zip(axes[0], names, strict=True):
         for colour, (row, results) in zip(colours, groups.items(), strict=True):
             values = [100 * r['accuracy'][name] for r in results if name in r['accuracy']]
-            price = fmean(r.get('pflop', 0) for r in results)
+            price = fmean(study.price(row, r['seed']) for r in results)
             if values and price:
                 error = stdev(values) if len(values) > 1 else 0
                 style: dict[str, Any] = dict(fmt='o', color=colour, capsize=3)
                 axis.errorbar(price, fmean(values), error, label=row, **style)
             elif values:
                 axis.axhline(fmean(values), color=colour, linestyle='--', label=row)
-        axis.set(xlabel='pretraining, PFLOP', ylabel=f'{name}, %')
+        axis.set(xlabel='pretraining and tokenizer, PFLOP', ylabel=f'{name}, %')
         axis.set_xlim(0, 1.1 * axis.dataLim.x1)
         axis.grid(alpha=0.3)
     handles = axes[0, 0].get_legend_handles_labels()

@@ -81,6 +81,18 @@ def test_braces_are_the_checkpoint_of_a_row(study, tmp_path):
     assert options == [f'{runs}/{seed}/epoch_3.pth' for seed in (0, 1, 0)]
 
 
+def test_what_a_run_needs_is_in_its_price(study, tmp_path):
+    tokens = dict(of='first', number=512)
+    rows = dict(
+        first=dict(options={'k': '{dvae}'}), dvae={}, second=dict(tokens=tokens, seeds=[0, 1])
+    )
+    file = write_table(tmp_path, rows)
+    for name, seed in (('first', 0), ('dvae', 0), ('second', 1)):
+        add_result(study, file, name, seed, knn=0.5)
+    read = study.Study(file, tmp_path)
+    assert [read.price(*run) for run in (('dvae', 0), ('first', 0), ('second', 1))] == [2, 4, 6]
+
+
 def test_report_has_spread_and_differences_by_seed(study, tmp_path):
     file = write_table(tmp_path, dict(ref=dict(seeds=[0, 1, 2]), other=dict(seeds=[0, 1, 2])))
     for seed, (ref, other) in enumerate([(0.50, 0.54), (0.60, 0.62)]):
@@ -88,11 +100,11 @@ def test_report_has_spread_and_differences_by_seed(study, tmp_path):
         add_result(study, file, 'other', seed, knn=other)
     add_result(study, file, 'other', 2, knn=0.9)  # no reference with this seed
     head, ref, other = study.make_lines(study.Study(file, tmp_path))
-    assert head[5:] == ['knn', 'logreg', 'knn - reference']
-    assert ref == ['ref', '2', '3', '2.000', '1', '55.0 ± 7.1', '70.0 ± 0.0', '']
-    assert other == ['other', '3', '3', '2.000', '1', '68.7 ± 18.9', '', '3.0 ± 1.4']
+    assert head[6:] == ['knn', 'logreg', 'knn - reference']
+    assert ref == ['ref', '2', '3', '2.000', '2.000', '1', '55.0 ± 7.1', '70.0 ± 0.0', '']
+    assert other == ['other', '3', '3', '2.000', '2.000', '1', '68.7 ± 18.9', '', '3.0 ± 1.4']
     study.report(study.Study(file, tmp_path), tmp_path / 'table.md', tmp_path / 'x.png')
-    assert '| ref | 2 | 3 | 2.000 | 1 | 55.0 ± 7.1 |' in (tmp_path / 'table.md').read_text()
+    assert '| ref | 2 | 3 | 2.000 | 2.000 | 1 | 55.0 ± 7.1 |' in (tmp_path / 'table.md').read_text()
     with Image.open(tmp_path / 'x.png') as picture:
         assert picture.width > 400
 
@@ -122,14 +134,20 @@ def test_a_run_is_trained_at_its_price_judged_and_kept(study, tmp_path):
         'train_dataloader.batch_size': 20,
         'settings.transforms.TwoViewResizedCrop.second_size': None,
     }
-    rows = dict(random=dict(pflop=0, judge=['knn', 'attentive']), cae=dict(pflop=3e-5))
+    rows = dict(
+        random=dict(pflop=0, judge=['knn', 'attentive']),
+        cae=dict(pflop=3e-5),
+        second=dict(pflop=3e-5, tokens=dict(of='cae', number=16)),
+    )
     file = write_table(tmp_path, rows, options=options, judge=['knn'])
     study.run_all(file, tmp_path / 'runs')
-    random, cae = map(json.loads, file.with_suffix('.jsonl').read_text().splitlines())
+    random, cae, second = map(json.loads, file.with_suffix('.jsonl').read_text().splitlines())
     assert 'pflop' not in random and set(random['accuracy']) == {'knn', 'attentive'}
     assert set(cae['accuracy']) == {'knn'} and 0 <= cae['accuracy']['knn'] <= 1
     assert cae['epochs'] == 2 and cae['images'] == 80 and cae['seconds'] > 0
     assert cae['pflop'] == pytest.approx(3e-5, rel=0.25)  # half an epoch
+    assert set(second['accuracy']) == {'knn'}
+    assert 'token_acc' in study.scalars(tmp_path / 'runs/second/0')[0]
     assert not list((tmp_path / 'runs').rglob('features.npy'))
     trained = (tmp_path / 'runs/cae/0/last_checkpoint').stat().st_mtime_ns
     study.run_all(file, tmp_path / 'runs')  # nothing is missing
