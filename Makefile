@@ -12,7 +12,7 @@ VENV := $(VENV_$(STACK))
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test docs soak mutants lock lint check release-check links bench format clean-setup
+.PHONY: help setup demo notebook test docs soak mutants lock lint check release-check links bench format clean-setup
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,10 @@ setup:  ## Make or update the virtual environment
 
 demo: setup  ## Pretrain a small model on photographs, CPU or GPU
 	$(RUN) tools/demo.py
+
+notebook: setup  ## Run docs/first_encoder.md in Jupyter's kernel, into docs/first_encoder.ipynb
+	$(RUN) -m jupytext --to ipynb docs/first_encoder.md
+	$(VENV)/bin/jupyter-execute --inplace docs/first_encoder.ipynb
 
 test: setup  ## Run the tests in parallel
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile

@@ -33,8 +33,10 @@ _REQUIREMENTS = {
     'export': 'onnx>=1.16 onnxruntime>=1.18 timm>=1.0.20 transformers>=4.41,<5',
     # The site that `make docs` builds, and tests of its pages.
     'docs': 'furo>=2024.8 myst-parser>=4.0 sphinx>=8.1 sphinx-copybutton>=0.5.2',
+    # docs/first_encoder.md as a Jupyter notebook, by `make notebook`.
+    'notebook': 'cae-mm[demo,export] ipykernel>=6.29 jupytext>=1.16 nbclient>=0.10',
     # Same versions as in .pre-commit-config.yaml and constraints/.
-    'dev': """cae-mm[demo,docs,export] hypothesis==6.168.5 mypy==2.4.1 pre-commit==4.6.2
+    'dev': """cae-mm[demo,docs,export,notebook] hypothesis==6.168.5 mypy==2.4.1 pre-commit==4.6.2
         pytest==9.2.0 pytest-xdist==3.8.0 ruff==0.17.5""",
 }
 EXTRAS_REQUIRE = {extra: packages.split() for extra, packages in _REQUIREMENTS.items()}

@@ -2,23 +2,17 @@
 
     python tools/demo.py              # or: make demo
 
-Crops of photographs that scikit-image and scikit-learn ship are the data, grayscale and with
-brightness and contrast evened out, so that neither tells the photographs apart. Held-out crops
-come from a part of each photograph that is never trained on.
+Crops of photographs that scikit-image and scikit-learn ship are the data: see
+``cae_mm/datasets/photographs.py``.
 """
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import skimage
-import sklearn
-from PIL import Image
-
+from cae_mm.datasets.photographs import cut_crops, shipped_photographs
 from cae_mm.engine.cli import load_config
 from cae_mm.evaluation.quick_probe import QuickProbe
 from cae_mm.precision import choose_precision
@@ -26,42 +20,8 @@ from cae_mm.visualization.reconstruction import paint_files
 from cae_mm.visualization.sheet import save_sheet
 
 ROOT = Path(__file__).parent.parent
-PHOTOGRAPHS = (
-    'astronaut brick camera chelsea coffee coins grass gravel hubble_deep_field ihc moon '
-    'motorcycle_left retina rocket china flower'
-).split()
-PLACES = (
-    Path(skimage.__file__).parent / 'data',
-    Path(sklearn.__file__).parent / 'datasets' / 'images',
-)
-SIDE = 400  # pixels of a photograph's short side
-CROP = 80  # pixels of a saved crop
-SPLITS = {'train': (0.0, 0.65, 120), 'val': (0.65, 1.0, 30)}  # from, to (of width), crops
 SHOWN = 'astronaut/003 camera/005 chelsea/000 coins/002 motorcycle_left/003 rocket/002'.split()
 NEIGHBORS = 10
-
-
-def make_crops(folder: Path) -> None:
-    """Write train/PHOTOGRAPH/*.png and val/PHOTOGRAPH/*.png, always the same ones."""
-    shutil.rmtree(folder, ignore_errors=True)
-    rng = np.random.default_rng(0)
-    for name in PHOTOGRAPHS:
-        [path] = (path for place in PLACES for path in place.glob(f'{name}.*g'))
-        photograph = Image.open(path).convert('L')
-        scale = SIDE / min(photograph.size)
-        photograph = photograph.resize([round(side * scale) for side in photograph.size])
-        W, H = photograph.size
-        for split, (begin, end, count) in SPLITS.items():
-            target = folder / split / name
-            target.mkdir(parents=True)
-            for i in range(count):
-                side = rng.integers(CROP, 140)
-                left = rng.integers(int(begin * W), int(end * W) - side + 1)
-                top = rng.integers(H - side + 1)
-                crop = photograph.crop((left, top, left + side, top + side)).resize((CROP, CROP))
-                pixels = np.asarray(crop, dtype=np.float64)
-                pixels = 128 + 50 * (pixels - pixels.mean()) / max(pixels.std(), 10)
-                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(target / f'{i:03}.png')
 
 
 def train(name: str, work_dir: Path, seed: int) -> Path:
@@ -83,8 +43,9 @@ def main() -> None:
     os.chdir(ROOT)
     folder = Path('work_dirs/demo')
 
-    print(f'[1/4] crops of {len(PHOTOGRAPHS)} photographs -> {folder / "crops"}')
-    make_crops(folder / 'crops')
+    photographs = shipped_photographs()
+    print(f'[1/4] crops of {len(photographs)} photographs -> {folder / "crops"}')
+    cut_crops(photographs, folder / 'crops')
     print('[2/4] a tokenizer of 256 tokens learns to paint the crops')
     print(f'precision: {choose_precision()}')
     train('dvae_demo', folder / 'dvae', seed)
@@ -113,8 +74,8 @@ def main() -> None:
     save_sheet([*zip(*painted.values(), strict=True)], picture, titles=[*painted])
     log = max((folder / 'cae').glob('*/*.log'))
     print(
-        f'\nWhich of {len(PHOTOGRAPHS)} photographs is a held-out crop from? '
-        f'{NEIGHBORS} nearest neighbours, chance {1 / len(PHOTOGRAPHS):.1%}:\n'
+        f'\nWhich of {len(photographs)} photographs is a held-out crop from? '
+        f'{NEIGHBORS} nearest neighbours, chance {1 / len(photographs):.1%}:\n'
         f'  random encoder      {accuracies[0]:.1%}\n'
         f'  pretrained encoder  {accuracies[1]:.1%}\n'
         f'picture     {picture}\nlog         {log}\ncheckpoint  {checkpoint}'
