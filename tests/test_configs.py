@@ -10,6 +10,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from PIL import Image
+from transformers import CLIPVisionConfig
 
 from cae_mm.engine import CAERunner
 from cae_mm.engine.settings import apply_settings
@@ -93,6 +94,12 @@ def shrink(cfg: Config, images: Path, work_dir: Path) -> Config:
         target.update(n_hid=8, vocab_size=8, blocks_per_group=1)
     elif target.type == 'cae_mm.DiscreteVAE':
         target.update(dvae)
+    elif target.type == 'cae_mm.CLIPFeatures':  # there is no CLIP here
+        cfg.model.neck.out_dims = 16
+        teacher = dict(type='cae_mm.CAEViT', arch=cfg.model.backbone.arch)
+        cfg.model.target_generator = dict(
+            type='cae_mm.CAEFeatures', backbone=teacher, patch_size=16
+        )
     elif target.type == 'cae_mm.KMeansTokenizer':
         target.vocab_size = 8
         target.backbone.arch = cfg.model.backbone.arch
@@ -147,8 +154,11 @@ def test_config_trains_a_step_when_shrunk(path, images, tmp_path):
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
-def test_config_builds_at_full_size(path):
+def test_config_builds_at_full_size(path, tmp_path):
     cfg = Config.fromfile(path)
+    if 'cae-v2' in path.stem:  # CLIP ViT-B/16; the defaults are those of ViT-B/32
+        CLIPVisionConfig(patch_size=16, projection_dim=512).save_pretrained(tmp_path)
+        cfg.model.target_generator.folder = str(tmp_path)
     with torch.device('meta'):
         model = MODELS.build(cfg.model)
     if cfg.model.type == 'cae_mm.CAE':
@@ -158,7 +168,27 @@ def test_config_builds_at_full_size(path):
         assert cfg.model.neck.in_dims == model.backbone.embed_dims
 
 
-@pytest.mark.parametrize('path', PRETRAIN, ids=lambda path: path.stem)
+def test_recipe_of_cae_v2():
+    """The official code, project/CAEv2/scripts/caev2_base_300e.sh."""
+    [path] = (path for path in PRETRAIN if 'cae-v2' in path.stem)
+    cfg = Config.fromfile(path)
+    model = cfg.model
+    assert (model.neck.regressor_depth, model.neck.decoder_depth) == (4, 0)
+    assert model.neck.out_dims == 512
+    assert model.head == dict(type='cae_mm.CAEPretrainHead', align_weight=0.0, cosine=True)
+    assert model.visible_targets
+    _, jitter, crop, mask, _ = cfg.train_dataloader.dataset.pipeline
+    assert (jitter.brightness, jitter.contrast, jitter.saturation) == (0.4, 0.4, 0.4)
+    assert (crop.size, crop.second_size, crop.second_interpolation) == (224, 224, 'bicubic')
+    assert tuple(crop.scale) == (0.4, 1.0) and mask.mask_ratio == 0.5
+    preprocessor = MODELS.build(model.data_preprocessor)
+    assert (preprocessor.means[1] == 0).all() and (preprocessor.stds[1] == 255).all()
+
+
+PAPER = [path for path in PRETRAIN if 'cae-v2' not in path.stem]
+
+
+@pytest.mark.parametrize('path', PAPER, ids=lambda path: path.stem)
 def test_recipe_of_the_paper(path):
     """Paper, "Training Details", and the official scripts."""
     cfg = Config.fromfile(path)

@@ -50,6 +50,8 @@ CONFIGS = [
     *((MODELS, part) for part in [MODEL, *PARTS, cae_config()['target_generator']]),
     (MODELS, dict(type='cae_mm.RGBTarget')),
     (MODELS, dict(type='cae_mm.HOGTarget')),
+    (MODELS, dict(type='cae_mm.CAEFeatures', backbone=PARTS[0], patch_size=4)),
+    (MODELS, dict(type='cae_mm.TimmFeatures', name='test_vit', checkpoint='', patch_size=16)),
     (MODELS, dict(type='cae_mm.CAEDataPreprocessor')),
     (MODELS, dict(type='cae_mm.LinearProbeHead', **HEAD)),
     (MODELS, dict(type='cae_mm.AttentiveProbeHead', num_heads=2, **HEAD)),

@@ -10,14 +10,23 @@ from cae_mm.datasets import CAEMaskGenerator, TwoViewResizedCrop
 from cae_mm.doctor.case import Case
 from cae_mm.doctor.finding import Finding, type_name
 from cae_mm.doctor.weights import find_loads, read_file
-from cae_mm.models import CAEDataPreprocessor, DALLEEncoder, DiscreteVAE, describe_model
+from cae_mm.models import (
+    CAEDataPreprocessor,
+    CAEFeatures,
+    CLIPFeatures,
+    DALLEEncoder,
+    DiscreteVAE,
+    TimmFeatures,
+    describe_model,
+)
 from cae_mm.models.archs import ARCHS
 
 MAX_LAYER_SCALE_FACTOR = 10
-# mean and std that bring pixels into the range that a tokenizer was trained on
+# mean and std that bring pixels into the range that a tokenizer or feature target reads
 RANGES = {
     DALLEEncoder: (-31.875, 318.75, '0.8 x + 0.1 with x in [0, 1]'),
     DiscreteVAE: (127.5, 127.5, 'images in [-1, 1]'),
+    **dict.fromkeys((CAEFeatures, CLIPFeatures, TimmFeatures), (0, 255, 'images in [0, 1]')),
 }
 
 
@@ -104,7 +113,7 @@ def check_tokenizer(case: Case) -> Iterator[Finding]:
 
 
 def check_views(case: Case) -> Iterator[Finding]:
-    """The second view against the range that the tokenizer was trained on."""
+    """The second view against the range that the tokenizer or feature target reads."""
     if not case.pretrains or not isinstance(case.preprocessor, CAEDataPreprocessor):
         return
     target = type(case.model.target_generator)
@@ -113,7 +122,7 @@ def check_views(case: Case) -> Iterator[Finding]:
     for name, value, buffer in zip(('second_mean', 'second_std'), expected, buffers, strict=False):
         key, actual = f'model.data_preprocessor.{name}', buffer[1].flatten().tolist()
         if _numbers(actual, 3) != _numbers([value] * 3, 3):
-            text = f'{target.__name__} was trained on {meaning}; {name} is {actual}'
+            text = f'{target.__name__} reads {meaning}; {name} is {actual}'
             yield case.finding('warning', key, text, f'set {key}={(value,) * 3}')
 
 

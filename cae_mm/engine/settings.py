@@ -37,7 +37,7 @@ BACKENDS = {
 }
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 PIPELINES = ('train_pipeline', 'test_pipeline')
-TOKEN_SIZE = 8  # pixels of the second view per token, along each side
+TOKEN_SIZE = 8  # pixels of the second view per token of DALL-E or a d-VAE, along each side
 
 
 def apply_settings(cfg: Any, **settings: Any) -> None:
@@ -239,7 +239,8 @@ def _set_img_size(cfg: Any, value: int | tuple[int, int]) -> None:
         _set_crop_of_segmentation(cfg, to_pair(size))
         return
     patch_size = backbone.get('patch_size', 16) if backbone else TOKEN_SIZE
-    second = tuple(side * TOKEN_SIZE // patch_size for side in to_pair(size))
+    token_size = (model.get('target_generator') or {}).get('patch_size', TOKEN_SIZE)
+    second = tuple(side * token_size // patch_size for side in to_pair(size))
     for transform in find_transforms(cfg):
         name = class_name(transform)
         if name == 'TwoViewResizedCrop':

@@ -9,12 +9,15 @@ from cae_mm.models.head import CAEPretrainHead
 from cae_mm.models.neck import CAENeck
 from cae_mm.models.probe import AttentiveProbeHead, LinearProbeHead
 from cae_mm.models.targets import (
+    CAEFeatures,
+    CLIPFeatures,
     DALLEDecoder,
     DALLEEncoder,
     DiscreteVAE,
     HOGTarget,
     KMeansTokenizer,
     RGBTarget,
+    TimmFeatures,
 )
 from cae_mm.models.vit import CAEViT
 
@@ -22,9 +25,11 @@ __all__ = [
     'AttentiveProbeHead',
     'CAE',
     'CAEDataPreprocessor',
+    'CAEFeatures',
     'CAENeck',
     'CAEPretrainHead',
     'CAEViT',
+    'CLIPFeatures',
     'DALLEDecoder',
     'DALLEEncoder',
     'DiscreteVAE',
@@ -32,6 +37,7 @@ __all__ = [
     'KMeansTokenizer',
     'LinearProbeHead',
     'RGBTarget',
+    'TimmFeatures',
     'ViTFeaturePyramid',
     'build_encoder',
     'describe_model',

@@ -35,9 +35,8 @@ class CAE(BaseSelfSupervisor):
         backbone: The encoder, a ``CAEViT``.
         neck: Regressor and decoder, a ``CAENeck``.
         head: The losses, a ``CAEPretrainHead``.
-        target_generator: ``DALLEEncoder``, ``DiscreteVAE``, ``KMeansTokenizer``, ``RGBTarget`` or
-            ``HOGTarget``. Frozen here: always in eval mode, outside autograd and outside
-            checkpoints.
+        target_generator: What is predicted, any class of ``cae_mm.models.targets``. Frozen here:
+            always in eval mode, outside autograd and outside checkpoints.
         teacher_momentum: If given, the alignment target comes from an exponential moving average
             of the encoder with this momentum instead, updated in each forward pass of training
             (with accumulation: of each micro-batch). An option of this project, the paper has
@@ -48,6 +47,9 @@ class CAE(BaseSelfSupervisor):
         predicted_share: Share of the masked patches, in (0, 1], drawn at random, that are predicted
             and are the alignment target's input, rounded down; the others cost nothing. CrossMAE
             (https://arxiv.org/abs/2401.14391) predicts a quarter. The paper predicts all, 1.
+        visible_targets: Predict the targets of visible patches too, from their encoded latents
+            through the same decoder, as in CAE v2 (arXiv 2211.09799); the reconstruction loss is
+            the mean over predicted masked and visible patches.
         data_preprocessor: A ``CAEDataPreprocessor``.
     """
 
@@ -61,6 +63,7 @@ class CAE(BaseSelfSupervisor):
         teacher_momentum: float | None = None,
         complementary_masks: bool = False,
         predicted_share: float = 1.0,
+        visible_targets: bool = False,
         data_preprocessor: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
@@ -81,13 +84,14 @@ class CAE(BaseSelfSupervisor):
             )
         if not 0 < predicted_share <= 1:
             raise ValueError(f'predicted_share must be in (0, 1], not {predicted_share}')
-        if complementary_masks and predicted_share < 1:
+        if complementary_masks and (predicted_share < 1 or visible_targets):
             raise ValueError(
-                'complementary_masks predicts all patches, predicted_share a part of the masked '
-                'ones: choose one of the two'
+                'complementary_masks predicts each patch once, where it is masked: it goes with '
+                'neither predicted_share nor visible_targets'
             )
         self.predicted_share = predicted_share
         self.complementary_masks = complementary_masks
+        self.visible_targets = visible_targets
         self.teacher_momentum = teacher_momentum
         self.teacher: Any = None
         if teacher_momentum is not None:
@@ -172,7 +176,8 @@ class CAE(BaseSelfSupervisor):
 
         images = inputs[0]
         with torch.no_grad():  # before the rest: no activations are held yet, the peak is lower
-            y_target = self.make_target(inputs, ids_m, grid)  # [B, M] or [B, M, K]
+            ids = torch.cat([ids_m, ids_v], dim=1) if self.visible_targets else ids_m
+            y_target = self.make_target(inputs, ids, grid)  # [B, M] or [B, M, K]; or V more
         z_v = self.encode(images, ids_v, self.neck.mask_tokens(ids_m, grid))  # [B, V, D]
         z_target = None
         if self.head.align_weight:
@@ -192,6 +197,9 @@ class CAE(BaseSelfSupervisor):
         """Predict the masked patches from the visible ones' latents and compare with targets."""
         z_m = self.neck.regress(z_v, ids_v, ids_m, grid)  # [B, M, D]
         y_m = self.neck.decode(z_m, ids_m, grid)  # [B, M, K]
+        if self.visible_targets:
+            y_v = self.neck.decode(z_v[:, : ids_v.shape[1]], ids_v, grid)  # [B, V, K]
+            y_m = torch.cat([y_m, y_v], dim=1)  # [B, M+V, K]
         losses = self.head.loss(y_m, y_target, z_m, z_target)
         std = latent_std(z_m.detach(), ids_m, grid[0] * grid[1])
         return {**losses, 'latent_std': std}  # torch 2.4 compiles no `|` of dicts

@@ -16,8 +16,8 @@ from cae_mm.registry import MODELS
 class CAEPretrainHead(BaseModule):
     """Reconstruction loss + lambda * alignment loss, both in (at least) float32.
 
-    Token targets (integers) are compared by cross entropy, pixel targets (floats) by mean squared
-    error.
+    Token targets (integers) are compared by cross entropy, others (floats) by mean squared error or
+    by their direction.
 
     Args:
         align_weight: lambda of the paper, 2; 1 and 1.5 are slightly worse (paper, section 4.5). 0:
@@ -26,6 +26,7 @@ class CAEPretrainHead(BaseModule):
             collapses (paper, section 4.5); there is no other use for another value than 1.
         norm_target: Whether each patch's alignment target is brought to mean 0 and variance 1, as
             in data2vec (arXiv 2202.03555). An option of this project, the paper has none.
+        cosine: Whether float targets are compared by 1 - cosine, as in CAE v2 (arXiv 2211.09799).
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class CAEPretrainHead(BaseModule):
         align_weight: float = 2.0,
         main_weight: float = 1.0,
         norm_target: bool = False,
+        cosine: bool = False,
     ) -> None:
         super().__init__()
         self.align_weight = align_weight
@@ -41,15 +43,17 @@ class CAEPretrainHead(BaseModule):
         # a tensor, as `compile` would compile each number anew; `AlignmentRampHook` sets it
         self.align_ramp: Tensor
         self.register_buffer('align_ramp', torch.ones(()), persistent=False)
+        self.cosine = cosine
 
     def loss(
-        self, y_m: Tensor, y_target: Tensor, z_m: Tensor, z_target: Tensor | None
+        self, y: Tensor, y_target: Tensor, z_m: Tensor, z_target: Tensor | None
     ) -> dict[str, Tensor]:
         """Compute losses and metrics over the masked patches.
 
         Args:
-            y_m: Decoder output, shape (B, M, K): logits of K tokens, or K pixel values.
-            y_target: Tokens, int64 with shape (B, M), or pixels, float with shape (B, M, K).
+            y: Decoder output, shape (B, M, K): logits of K tokens, or K values. More than M
+                patches, the visible ones, may follow: they count in the reconstruction loss.
+            y_target: Tokens, int64 with shape (B, M), or values, float with shape (B, M, K).
             z_m: Latents predicted by the regressor, shape (B, M, D).
             z_target: Latents that the encoder gives to them, shape (B, M, D); None if
                 ``align_weight`` is 0.
@@ -61,10 +65,10 @@ class CAEPretrainHead(BaseModule):
             tokens among the targets of this batch). Without alignment there is neither
             ``loss_align`` nor ``align_cos``.
         """
-        y_m = at_least_float32(y_m)
-        loss_main = self.main_weight * self._main(y_m, y_target)
+        y, M = at_least_float32(y), z_m.shape[1]
+        loss_main = self.main_weight * self._main(y, y_target)
         aligned = self._align(z_m, z_target) if self.align_weight else {}
-        return {'loss_main': loss_main, **aligned, **self._token_metrics(y_m, y_target)}
+        return {'loss_main': loss_main, **aligned, **self._token_metrics(y[:, :M], y_target[:, :M])}
 
     def _align(self, z_m: Tensor, z_target: Tensor | None) -> dict[str, Tensor]:
         assert z_target is not None
@@ -79,15 +83,19 @@ class CAEPretrainHead(BaseModule):
             'align_cos': cosine.mean(),
         }
 
-    def _main(self, y_m: Tensor, y_target: Tensor) -> Tensor:
+    def _main(self, y: Tensor, y_target: Tensor) -> Tensor:
         if not y_target.is_floating_point():
-            return F.cross_entropy(y_m.flatten(0, 1), y_target.flatten())
-        if y_m.shape != y_target.shape:
+            if self.cosine:
+                raise ValueError('head.cosine=True is for features, but the targets are tokens')
+            return F.cross_entropy(y.flatten(0, 1), y_target.flatten())
+        if y.shape != y_target.shape:
             raise ValueError(
-                f'the decoder predicts {y_m.shape[-1]} values per patch, the targets have '
+                f'the decoder predicts {y.shape[-1]} values per patch, the targets have '
                 f'{y_target.shape[-1]}: set neck.out_dims={y_target.shape[-1]}'
             )
-        return F.mse_loss(y_m, y_target.to(y_m.dtype))
+        if self.cosine:
+            return (1 - F.cosine_similarity(y, y_target.to(y.dtype), dim=-1)).mean()
+        return F.mse_loss(y, y_target.to(y.dtype))
 
     @torch.no_grad()
     def _token_metrics(self, y_m: Tensor, y_target: Tensor) -> dict[str, Tensor]:

@@ -311,8 +311,3 @@ def test_predicting_all_draws_no_random_number():
 def test_shares_that_are_none_are_refused(share):
     with pytest.raises(ValueError, match=r'predicted_share must be in \(0, 1\]'):
         build_cae(predicted_share=share)
-
-
-def test_complementary_masks_predict_all():
-    with pytest.raises(ValueError, match='complementary_masks predicts all patches'):
-        build_cae(predicted_share=0.5, complementary_masks=True)

@@ -2,15 +2,19 @@
 
 from cae_mm.models.targets.dalle import DALLEDecoder, DALLEEncoder
 from cae_mm.models.targets.dvae import DiscreteVAE
+from cae_mm.models.targets.features import CAEFeatures, CLIPFeatures, TimmFeatures
 from cae_mm.models.targets.hog import HOGTarget
 from cae_mm.models.targets.kmeans import KMeansTokenizer
 from cae_mm.models.targets.rgb import RGBTarget
 
 __all__ = [
+    'CAEFeatures',
+    'CLIPFeatures',
     'DALLEDecoder',
     'DALLEEncoder',
     'DiscreteVAE',
     'HOGTarget',
     'KMeansTokenizer',
     'RGBTarget',
+    'TimmFeatures',
 ]
