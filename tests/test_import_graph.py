@@ -19,7 +19,7 @@ LAYERS = [
     {'engine', 'evaluation'},
     {'visualization'},
     {'hooks', 'conversion', 'apis'},
-    {'doctor', 'replay'},
+    {'doctor', 'replay', 'report'},
     {'plan'},
 ]
 HEIGHTS = {name: height for height, layer in enumerate(LAYERS) for name in layer}

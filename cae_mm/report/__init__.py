@@ -1,0 +1,1 @@
+"""One HTML page that shows runs: ``python -m cae_mm.report WORK_DIR ...``."""
