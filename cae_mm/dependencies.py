@@ -14,8 +14,9 @@ from typing import NamedTuple
 PIP = f'{sys.executable} -m pip'
 
 _REQUIREMENTS = {
-    '': """jinja2>=3.1 joblib>=1.2 matplotlib>=3.7 numpy>=1.24 pillow>=9.5 rich>=13.4 safetensors>=0.4
-        scikit-learn>=1.3 torch>=2.4 torchvision>=0.19 tqdm>=4.65 webdataset>=1.0""",
+    '': """jinja2>=3.1 joblib>=1.2 matplotlib>=3.7 numpy>=1.24 pillow>=9.5 rich>=13.4
+        safetensors>=0.4 scikit-learn>=1.3 torch>=2.4 torchvision>=0.19 tqdm>=4.65
+        webdataset>=1.0""",
     'pretrain': """onedl-mim>=0.5,<1 onedl-mmcv>=2.3,<2.4 onedl-mmengine>=0.10.8,<1
         onedl-mmpretrain>=1.3,<1.4""",
     'segmentation': 'cae-mm[pretrain] onedl-mmsegmentation>=1.4,<1.5',

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from mmengine.config import Config
 
 from cae_mm.report.charts import HEIGHT, WIDTH, Chart, draw_chart
-from cae_mm.report.probes import Probes, find_results, read_probes
+from cae_mm.report.probes import Probes, read_probes
 from cae_mm.report.run import Run
 from cae_mm.report.values import differences, flatten
 from cae_mm.version import __version__

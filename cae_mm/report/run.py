@@ -16,7 +16,7 @@ from cae_mm.report.charts import Point
 from cae_mm.report.values import flatten, read_values
 
 NO_CURVES = {'step', 'iter', 'epoch', 'base_lr', 'time', 'eta'}
-LINE = re.compile(r'(\d{4}/\d\d/\d\d \d\d:\d\d:\d\d) - \S+ - ([A-Z]+) - (.*)')
+LINE = re.compile(r'(\d{4}/\d\d/\d\d \d\d:\d\d:\d\d) - \S+ - ([A-Z]+) - ?(.*)')
 SIGN = re.compile(rf'({"|".join(sign.name for sign in SIGNS)}) is \S+, (below|above) ')
 FAULT = re.compile(r'(.+ at iteration \d+ \(epoch \d+\)): (the update is skipped; )?images of this')
 # of mmengine about itself: nothing that a user could act upon

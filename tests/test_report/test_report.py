@@ -282,7 +282,7 @@ def test_a_config_of_ours_is_compared_with_itself(tmp_path):
     make_part(tmp_path, '1', [line(10, loss=1.0)])
     (tmp_path / 'cae_demo.py').write_text(CONFIG)
     page = write(tmp_path, tmp_path)
-    assert '<th>optim_wrapper.optimizer.lr</th>' in page and '<th>base</th>' in page
+    assert '<th>train_cfg.max_epochs</th><td>60</td><td>4</td>' in page and '<th>base</th>' in page
     base = tmp_path / 'base.py'
     base.write_text(CONFIG.replace('64', '32') + "runner_type = 'X'\n")
     page = write(tmp_path, tmp_path, '--base', base)
