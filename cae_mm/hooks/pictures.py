@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.visualization import MLflowVisBackend
 
 from cae_mm.engine.sharding import gathered_weights
 from cae_mm.hooks.checkpoint import unwrap
@@ -93,7 +94,14 @@ class PictureHook(Hook):
         model.train(was_training)
         if is_main_process():
             for name, figure in figures.items():
-                runner.visualizer.add_image(name, to_pixels(figure), step=runner.epoch + 1)
+                self._show(runner, name, to_pixels(figure))
+
+    def _show(self, runner: Runner, name: str, pixels: np.ndarray) -> None:
+        epoch = runner.epoch + 1
+        for backend in runner.visualizer._vis_backends.values():
+            # MLflow has no steps of pictures, but files, of a kind that their name tells
+            is_file = isinstance(backend, MLflowVisBackend)
+            backend.add_image(f'{name}_{epoch}.png' if is_file else name, pixels, step=epoch)
 
     def _draw_reconstruction(self, model: CAE) -> Figure:
         pictures = paint_reconstruction(model, self.views, self.masks, self.painter)

@@ -1,5 +1,7 @@
 """PictureHook in whole runs of a tiny model."""
 
+import io
+import json
 import random
 from pathlib import Path
 
@@ -10,8 +12,11 @@ from builders import cae_config, loader_config, make_images
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
+from mmengine.visualization import MLflowVisBackend
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cae_mm.engine.settings import apply_settings
 from cae_mm.hooks import PictureHook
 from cae_mm.visualization.attention import class_attention
 from cae_mm.visualization.images import find_images
@@ -32,7 +37,7 @@ def images(tmp_path_factory):
 def make_runner(images, tmp_path):
     """Makes Runners of mmengine itself, whose steps draw from the global generators."""
 
-    def make(name, hook=None, **model):
+    def make(name, hook=None, watch=(), **model):
         config = cae_config(**{**RGB, **model})
         config['backbone']['drop_path_rate'] = 0.3
         hooks = [] if hook is None else [dict(type='cae_mm.PictureHook', images=[images]) | hook]
@@ -43,12 +48,14 @@ def make_runner(images, tmp_path):
             train_dataloader=loader_config(Path(images), batch_size=4),
             train_cfg=dict(by_epoch=True, max_epochs=3),
             optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-2)),
+            default_hooks=dict(logger=dict(type='LoggerHook', interval=1)),
             custom_hooks=hooks,
             randomness=dict(seed=0),
             visualizer=dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]),
             log_level='ERROR',
             experiment_name=f'{name}{tmp_path.name}',
         )
+        apply_settings(cfg, watch=watch)
         with DefaultScope.overwrite_default_scope('mmpretrain'):
             return Runner.from_cfg(Config(cfg))
 
@@ -110,8 +117,10 @@ class Backend:
     def add_image(self, name, image, step):
         self.images[name, step] = image
 
-    def __getattr__(self, name):
-        return lambda *_, **__: None
+    def ignore(self, *_, **__):
+        pass
+
+    add_config = add_graph = add_scalar = add_scalars = close = ignore
 
 
 def test_every_backend_gets_the_sheets(make_runner):
@@ -121,6 +130,34 @@ def test_every_backend_gets_the_sheets(make_runner):
     [((name, step), image)] = backend.images.items()
     assert (name, step, image.dtype, image.shape[-1]) == ('reconstruction', 3, np.uint8, 3)
     assert sheets(runner) == ['reconstruction_3.png']
+
+
+def test_mlflow_gets_files(make_runner):
+    """It would end the run at a name without an ending."""
+
+    class MLflow(Backend, MLflowVisBackend):
+        pass
+
+    runner = make_runner('run', dict(interval=5, sheets=['attention']))
+    runner.visualizer._vis_backends = {'own': MLflow(), 'other': Backend()}
+    runner.train()
+    own, other = runner.visualizer._vis_backends.values()
+    assert ([*own.images], [*other.images]) == ([('attention_3.png', 3)], [('attention', 3)])
+
+
+def test_tensorboard_has_numbers_and_pictures(make_runner):
+    runner = make_runner('run', dict(sheets=['attention']), watch='tensorboard')
+    runner.train()
+    folder = Path(runner.log_dir, 'vis_data')
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    lines = map(json.loads, (folder / 'scalars.json').read_text().splitlines())
+    logged = {line['step']: line['loss'] for line in lines}
+    shown = {event.step: event.value for event in events.Scalars('loss')}
+    assert shown == pytest.approx(logged) and shown
+    [image] = events.Images('attention')
+    sheet = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+    np.testing.assert_array_equal(sheet, Image.open(folder / 'vis_image/attention_3.png'))
 
 
 HOG = dict(target_generator=dict(type='cae_mm.HOGTarget'), neck=dict(out_dims=108))

@@ -3,15 +3,17 @@
 import base64
 import json
 import re
+import runpy
+import sys
 from html import unescape
 from html.parser import HTMLParser
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from cae_mm.hooks.collapse import SIGNS
-from cae_mm.report.__main__ import main
 from cae_mm.report.charts import BOTTOM, LEFT, MOST, RIGHT, TOP, draw_chart
 from cae_mm.report.run import Run
 from cae_mm.report.values import differences, flatten, read_values
@@ -52,8 +54,10 @@ def make_part(work_dir, time, lines, log=LOG, config=CONFIG):
 
 
 def write(tmp_path, *arguments):
-    main([*map(str, arguments), '--out', str(tmp_path / 'out/page.html')])
-    return (tmp_path / 'out/page.html').read_text()
+    out = tmp_path / 'out/page.html'
+    with patch.object(sys, 'argv', ['report', *map(str, arguments), '--out', str(out)]):
+        runpy.run_module('cae_mm.report', run_name='__main__')
+    return out.read_text()
 
 
 class Page(HTMLParser):
@@ -282,7 +286,7 @@ def test_a_config_of_ours_is_compared_with_itself(tmp_path):
     make_part(tmp_path, '1', [line(10, loss=1.0)])
     (tmp_path / 'cae_demo.py').write_text(CONFIG)
     page = write(tmp_path, tmp_path)
-    assert '<th>train_cfg.max_epochs</th><td>60</td><td>4</td>' in page and '<th>base</th>' in page
+    assert '<th>train_cfg.max_epochs</th><td>14</td><td>4</td>' in page and '<th>base</th>' in page
     base = tmp_path / 'base.py'
     base.write_text(CONFIG.replace('64', '32') + "runner_type = 'X'\n")
     page = write(tmp_path, tmp_path, '--base', base)
