@@ -84,6 +84,8 @@ def test_wheel_has_requirements_and_what_mim_looks_for(project, tmp_path):
     }
     assert required == set(map(Requirement, {*INSTALL_REQUIRES, *extras}))
 
+    assert (site / 'cae_mm/report/page.html').is_file()
+
     configs = {path.relative_to(ROOT) for path in (ROOT / 'configs').rglob('*.py')}
     # onedl-mim takes the folder of the first file by name, openmim the one named as the package.
     for mim in (site / first_folder, site / 'cae_mm' / '.mim'):
