@@ -25,9 +25,8 @@ OF_VIEW_1 = ('cae_mm.RGBTarget', 'cae_mm.HOGTarget', 'cae_mm.KMeansTokenizer')
 PROBES = [path for path in CONFIGS if path.parent.name in ('linear', 'attentive')]
 FINETUNE = [path for path in CONFIGS if path.parent.name == 'finetune']
 # BatchNorm takes off what every image has, softmax what every key has; the query starts from zero
-UNFELT = {
-    f'head.{name}' for name in ('attn.proj.bias norm_k.bias norm_k.weight norm_q.weight'.split())
-}
+UNFELT_NAMES = 'attn.proj.bias attn.v.bias norm_k.bias norm_k.weight norm_q.weight norm_v.bias'
+UNFELT = {f'head.{name}' for name in UNFELT_NAMES.split()}
 SMALL = dict(embed_dims=16, num_heads=2)
 
 
