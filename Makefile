@@ -26,7 +26,7 @@ demo: setup  ## Pretrain a small model on photographs, CPU or GPU
 
 notebook: setup  ## Run docs/first_encoder.md in Jupyter's kernel, into docs/first_encoder.ipynb
 	$(RUN) -m jupytext --to ipynb docs/first_encoder.md
-	$(VENV)/bin/jupyter-execute --inplace docs/first_encoder.ipynb
+	PYTHONWARNINGS=ignore $(VENV)/bin/jupyter-execute --inplace docs/first_encoder.ipynb
 
 test: setup  ## Run the tests in parallel
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile
