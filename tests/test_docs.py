@@ -205,7 +205,8 @@ def check_python(words: list[str], monkeypatch) -> None:
     if words[0] == '-c':
         ast.parse(words[1])
         return
-    if words[0] == '-m':
+    if words[0] == '-m':  # runpy warns of what another test has imported
+        monkeypatch.delitem(sys.modules, f'{words[1]}.__main__', raising=False)
         args = read_arguments(runpy.run_module, words[1], words[2:], monkeypatch)
     else:
         args = read_arguments(runpy.run_path, str(ROOT / words[0]), words[1:], monkeypatch)
