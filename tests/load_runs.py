@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,8 +47,10 @@ def _list_children() -> list[str]:
 
 def list_held() -> set[str]:
     """Open files and pipes of this process, its threads and the processes it started, by name."""
-    links = [link for link in Path('/proc/self/fd').iterdir() if link.is_symlink()]
-    handles = {f'handle {link.name}: {os.readlink(link)}' for link in links}
+    handles = set()
+    for number in os.listdir('/proc/self/fd'):
+        with suppress(FileNotFoundError):  # closed since, that of the listing or by a thread
+            handles.add(f'handle {number}: {os.readlink(f"/proc/self/fd/{number}")}')
     threads = {f'thread {number}' for number in os.listdir('/proc/self/task')}
     return handles | threads | {f'process {pid}' for pid in _list_children()}
 
