@@ -59,7 +59,7 @@ class Row:
             same seed, as above), and the ``number`` of clusters, which are the targets.
         judge: Columns of the report that quick probes give, see ``NAMES``.
         tasks: Trainings that begin with the encoder, by the name of their column: ``config``,
-            ``options``, and ``metric``, the name of a number of their evaluation.
+            ``options``, and ``metric``, the name of a number of their evaluation, in percent.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Row:
 
     @property
     def what(self) -> dict[str, Any]:
-        """All that a result depends on, as JSON has it; what says nothing is left out."""
+        """All that the table says of it, as JSON has it; what says nothing is left out."""
         said = {k: v for k, v in asdict(self).items() if k != 'seeds' and v not in (None, {}, ())}
         return json.loads(json.dumps(said))
 
@@ -99,12 +99,24 @@ class Study:
         self.rows = {row.name: row for row in read_rows(table)}
         if self.reference not in self.rows:
             raise ValueError(f'{file}: reference is {self.reference}, but no row is called so')
+        before: list[str] = []
+        for name, row in self.rows.items():
+            if late := sorted(row.needs - set(before)):
+                raise ValueError(
+                    f'{file}: row {name} needs {late[0]}, but no row before it is that'
+                )
+            before.append(name)
         self.results_file = file.with_suffix('.jsonl')
         self.folder = folder
         self.results: dict[tuple[str, int], dict[str, Any]] = {}
         if self.results_file.exists():
             lines = self.results_file.read_text().splitlines()
             self.results = {(r['row']['name'], r['seed']): r for r in map(json.loads, lines)}
+
+    def what(self, row: Row) -> dict[str, Any]:
+        """All that the table says of a row and of those that it needs."""
+        needs = {name: self.what(self.rows[name]) for name in sorted(row.needs)}
+        return row.what | (dict(needs=needs) if needs else {})
 
     def find_missing(self) -> tuple[Row, int] | None:
         """Return the next row and seed to run: the first seed of all rows comes before others.
@@ -117,10 +129,10 @@ class Study:
             known = self.results.get((row.name, seed))
             if known is None:
                 return row, seed
-            if known['row'] != row.what:
+            if known['row'] != self.what(row):
                 raise ValueError(
                     f'row {row.name} is not what was run as seed {seed} in {self.results_file}: '
-                    'give it another name, or remove that line'
+                    f'give it another name, or remove that line and {self.folder_of(row, seed)}'
                 )
         return None
 
@@ -135,13 +147,15 @@ class Study:
 
     def _run(self, row: Row, seed: int) -> dict[str, Any]:
         """Train, judge, and say at what price."""
-        folder = self.folder_of(row, seed)
+        folder = self._claim_folder(row, seed)
         options = self._fill_in(row.options, seed)
         if row.tokens:
             options |= self._make_tokens(row, seed)
         options |= {'settings.data_root': str(ROOT / row.data), 'randomness.seed': seed}
         config = write_config(row.config, folder, options)
-        result = dict(row=row.what, seed=seed, commit=find_commit(), machine=describe_machine())
+        result = dict(
+            row=self.what(row), seed=seed, commit=find_commit(), machine=describe_machine()
+        )
         checkpoint: Path | str = 'random'
         if row.pflop != 0:
             plan = make_plan(config, Machine(1), steps=0)
@@ -155,6 +169,23 @@ class Study:
         judged = self._probe(row, seed, config, checkpoint) if row.judge else {}
         tasks = {name: self._train_task(row, seed, name, checkpoint) for name in row.tasks}
         return result | dict(accuracy=judged | tasks)
+
+    def _claim_folder(self, row: Row, seed: int) -> Path:
+        """Return the folder of a run, which goes on with what it finds there.
+
+        Raises:
+            ValueError: If it holds a training of a row that was another one.
+        """
+        folder, what = self.folder_of(row, seed), self.what(row)
+        file = folder / 'row.json'
+        if file.exists() and json.loads(file.read_text()) != what:
+            raise ValueError(
+                f'{folder} has a training of another row {row.name}: remove it, or give the row '
+                'another name'
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(what))
+        return folder
 
     def _make_tokens(self, row: Row, seed: int) -> dict[str, Any]:
         """Cluster the features of the first round; return the options that take the clusters."""
@@ -225,6 +256,8 @@ class Study:
 
     def price(self, name: str, seed: int) -> float:
         """PFLOP of a finished run, with those of the rows that it needs."""
+        if (name, seed) not in self.results:
+            raise ValueError(f'row {name}, seed {seed}, has no result, which prices need: run it')
         needed = [self.price(other, self._seed_of(other, seed)) for other in self.rows[name].needs]
         return self.results[name, seed].get('pflop', 0.0) + sum(needed)
 
@@ -252,12 +285,15 @@ def read_rows(table: dict[str, Any]) -> Iterator[Row]:
     last part.
     """
     for name, said in table['rows'].items():
-        row = {**table.get('defaults', {}), **said}
+        row = {**table.get('defaults', {}), **(said or {})}
         vary = row.pop('vary', {})
         for sequence in ('seeds', 'judge'):
             if sequence in row:
                 row[sequence] = tuple(row[sequence])
-        if unknown := set(row) - set(Row.__dataclass_fields__):
+        unknown = (set(row) - set(Row.__dataclass_fields__)) | (
+            set(row.get('judge', ())) - set(NAMES)
+        )
+        if unknown:
             raise ValueError(f'row {name}: unknown {", ".join(sorted(unknown))}')
         if not vary:
             yield Row(name=name, **row)
@@ -378,6 +414,8 @@ def make_lines(study: Study) -> list[list[str]]:
     """Head and cells of the report: price, accuracies, and difference from the reference."""
     groups = group(study)
     names = columns_of(groups)
+    if not names:
+        raise ValueError(f'{study.results_file}: nothing is judged yet')
     lines = [
         [
             'row',
@@ -429,8 +467,11 @@ def draw(study: Study, path: Path) -> None:
         axis.set(xlabel='pretraining and tokenizer, PFLOP', ylabel=f'{name}, %')
         axis.set_xlim(0, 1.1 * axis.dataLim.x1)
         axis.grid(alpha=0.3)
-    handles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc='outside lower center', ncols=4, fontsize='small')
+    found = [dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True)) for axis in axes[0]]
+    handles = {row: part[row] for row in groups for part in found if row in part}
+    figure.legend(
+        handles.values(), handles.keys(), loc='outside lower center', ncols=4, fontsize='small'
+    )
     figure.suptitle(study.title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
@@ -469,7 +510,7 @@ def main() -> None:
     if args.command == 'split':
         split(args.folder, args.out)
         return
-    folder = args.work_dir or ROOT / 'work_dirs/study' / args.table.stem
+    folder = (args.work_dir or ROOT / 'work_dirs/study' / args.table.stem).absolute()
     if args.command == 'run':
         run_all(args.table, folder)
     else:

@@ -97,13 +97,16 @@ def export_checkpoint(
     counts |= {LeaveOut('(left out)', f'{k}.{{rest}}', 'not exported'): n for k, n in left.items()}
     place = name_output(out, path, state, TARGETS[target].suffix)
     usage = network.write(place, weights)
-    code = TARGETS[target].code.format(usage=usage.replace(str(place), place.name))
+    beside = usage.replace(
+        str(place), place.name
+    )  # as the card, which lies beside the file, has it
+    code = TARGETS[target].code.format(usage=beside)
     card = write_card(
         place,
         description,
         file,
         library=target,
-        code=code or usage.replace(str(place), place.name),
+        code=code or beside,
         checked=_tell_errors(errors),
         language='python' if code else 'text',
     )

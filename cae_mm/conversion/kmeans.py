@@ -62,7 +62,7 @@ def make_tokenizer(
     Raises:
         ValueError: If there are too few vectors, or the encoder is not ours or has fewer blocks.
     """
-    count = vectors or VECTORS_OF_A_CENTER * num_tokens
+    count = VECTORS_OF_A_CENTER * num_tokens if vectors is None else vectors
     rest = round(count * HELD_OUT)
     if count - rest < num_tokens:
         raise ValueError(
@@ -73,7 +73,7 @@ def make_tokenizer(
     if not isinstance(encoder, CAEViT):
         raise ValueError(f'{cfg.filename} has a {type(encoder).__name__}, not a cae_mm.CAEViT')
     tokenizer = KMeansTokenizer(backbone=cfg.model.backbone, vocab_size=num_tokens).eval()
-    tokenizer.backbone = _keep_blocks(encoder, blocks or encoder.depth).eval()
+    tokenizer.backbone = _keep_blocks(encoder, encoder.depth if blocks is None else blocks).eval()
     tokenizer.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
     features, pixels = _collect(tokenizer, cfg, count, seed)  # [n, D], [n, 3*p*p]

@@ -31,7 +31,13 @@ def shipped_photographs() -> list[Path]:
         Path(skimage.__file__).parent / 'data',
         Path(sklearn.__file__).parent / 'datasets' / 'images',
     )
-    return [path for name in SHIPPED for place in places for path in place.glob(f'{name}.*g')]
+    found = {name: [p for place in places for p in place.glob(f'{name}.*g')] for name in SHIPPED}
+    if missing := [name for name, paths in found.items() if not paths]:
+        raise FileNotFoundError(
+            f'scikit-image and scikit-learn here have no {", ".join(missing)}: install the '
+            'versions of constraints/'
+        )
+    return [path for paths in found.values() for path in paths]
 
 
 def cut_crops(photographs: Sequence[Path], folder: Path, train: int = 120, val: int = 30) -> None:
@@ -39,14 +45,15 @@ def cut_crops(photographs: Sequence[Path], folder: Path, train: int = 120, val: 
 
     Args:
         photographs: Image files with different names.
-        folder: Replaced, if it is there.
+        folder: Its ``train`` and ``val`` are replaced, if they are there.
         train: Crops of each photograph, from the left of it.
         val: Held-out crops of each, from the right.
     """
     names = [path.stem for path in photographs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f'several photographs are called {", ".join(twice)}: rename them')
-    shutil.rmtree(folder, ignore_errors=True)
+    for split in ('train', 'val'):
+        shutil.rmtree(folder / split, ignore_errors=True)
     rng = np.random.default_rng(0)
     for path in photographs:
         photograph = Image.open(path).convert('L')

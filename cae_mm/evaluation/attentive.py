@@ -84,6 +84,8 @@ def train_heads(
     heads = [deepcopy(first).to(device).train() for _ in lrs]
     groups = [dict(params=[*h.parameters()], lr=lr) for h, lr in zip(heads, lrs, strict=True)]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
+    if len(rows) % BATCH_SIZE == 1:
+        rows = rows[1:]  # BatchNorm has no statistics of a batch of one
     scheduler = CosineAnnealingLR(optimizer, T_max=epochs * -(-len(rows) // BATCH_SIZE))
     generator = torch.Generator().manual_seed(seed)
     for _ in tqdm(range(epochs), desc='attentive probe', unit=' epochs', leave=False):

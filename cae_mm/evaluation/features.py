@@ -159,9 +159,10 @@ def cached_features(
         encoder, images, range(done, len(images)), patches=patches, **loading
     ):
         if array is None:
-            state_file.unlink(missing_ok=True)  # the array under it is about to go
             shape = (len(images), *batch.shape[1:])
-            _check_space(folder, 4 * math.prod(shape))
+            old = array_file.stat().st_size if array_file.exists() else 0
+            _check_space(folder, 4 * math.prod(shape) - old)
+            state_file.unlink(missing_ok=True)  # the array under it is about to go
             array = open_memmap(array_file, mode='w+', dtype=np.float32, shape=shape)
         array[done : done + len(batch)] = batch.numpy()
         array.flush()
@@ -177,7 +178,7 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
-            f'{folder}: features take {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: '
+            f'{folder}: features take {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free: '
             'probe fewer images, or say another folder (--out)'
         )
 

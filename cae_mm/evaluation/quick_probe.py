@@ -18,6 +18,7 @@ from cae_mm.evaluation.features import cached_features, check_same_classes, labe
 from cae_mm.evaluation.knn import check_neighbors, knn_accuracies
 from cae_mm.evaluation.linear import Split, check_class_sizes, linear_sweep, logistic_regression
 
+ATTENTIVE_EPOCHS = 30
 POOLED = ('knn', 'logreg', 'linear')  # of class token or mean
 PROBES = (*POOLED, 'attentive')
 
@@ -35,7 +36,6 @@ class QuickProbe:
     probes: Sequence[str] = POOLED
     k: Sequence[int] = (10, 20)  # numbers of neighbours
     epochs: int = 100  # of the linear probe
-    attentive_epochs: int = 30
     seed: int = 0  # of a random encoder, the held-out part and the linear probe
     prefix: str = 'backbone.'  # of the encoder's keys in the checkpoint
     device: str = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -84,7 +84,7 @@ class QuickProbe:
                 self._load(encoder, val, 'val', patches=True),
                 seed=self.seed,
                 device=self.device,
-                epochs=self.attentive_epochs,
+                epochs=ATTENTIVE_EPOCHS,
             )
             results['patches'] = {'attentive': result}
         report = {
@@ -97,7 +97,7 @@ class QuickProbe:
             'classes': train.classes,
             'chance': 1 / len(train.classes),
             'largest_class': float(np.bincount(val.targets).max() / len(val)),
-            'epochs': {'linear': self.epochs, 'attentive': self.attentive_epochs},
+            'epochs': {'linear': self.epochs, 'attentive': ATTENTIVE_EPOCHS},
             'results': results,
         }
         (self.folder / 'results.json').write_text(json.dumps(report, indent=2) + '\n')

@@ -123,7 +123,8 @@ def untouched_generators() -> Iterator[None]:
     """Give Python's, numpy's and torch's generators their states back."""
     states = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(states[0])

@@ -128,7 +128,6 @@ def write_page(
         now=datetime.now().strftime('%Y-%m-%d %H:%M'),
     )
     for run in runs:
-        _ = run.log, run.unreadable
         problems += run.problems
     page = environment.get_template('page.html').render(content, problems=problems)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,7 @@ def read_probes(path: Path) -> Probes:
         for feature, probes in report['results'].items():
             for k, accuracy in probes.get('knn', {}).items():
                 accuracies[f'{feature}, kNN, k = {k}'] = float(accuracy)
-            for key in NAMES.keys() & probes.keys():
+            for key in [key for key in NAMES if key in probes]:
                 accuracies[f'{feature}, {NAMES[key]}'] = float(probes[key]['accuracy'])
         data = f'{report["images"]["val"]} images of {report["folders"]["val"]}'
         return Probes(str(report['checkpoint']), data, float(report['chance']), accuracies)

@@ -25,8 +25,15 @@ def write_table(folder, rows, **defaults):
 
 
 def add_result(study, file, name, seed, **accuracy):
-    row = study.Study(file, file.parent).rows[name]
-    line = dict(row=row.what, seed=seed, pflop=2.0, epochs=3, seconds=60, accuracy=accuracy)
+    read = study.Study(file, file.parent)
+    line = dict(
+        row=read.what(read.rows[name]),
+        seed=seed,
+        pflop=2.0,
+        epochs=3,
+        seconds=60,
+        accuracy=accuracy,
+    )
     with open(file.with_suffix('.jsonl'), 'a') as results:
         results.write(json.dumps(line) + '\n')
 
@@ -44,7 +51,13 @@ def test_rows_are_defaults_and_their_own_and_vary(study, tmp_path):
 def test_bad_tables_are_refused(study, tmp_path):
     with pytest.raises(ValueError, match='row a: unknown epoch'):
         study.Study(write_table(tmp_path, dict(a=dict(epoch=3))), tmp_path)
+    with pytest.raises(ValueError, match='row a: unknown knm'):
+        study.Study(write_table(tmp_path, dict(a=dict(judge=['knm']))), tmp_path)
+    with pytest.raises(ValueError, match='row a needs b, but no row before it is that'):
+        study.Study(write_table(tmp_path, dict(a=dict(options={'k': '{b}'}), b={})), tmp_path)
     file = write_table(tmp_path, dict(a={}))
+    with pytest.raises(ValueError, match='nothing is judged yet'):
+        study.make_lines(study.Study(file, tmp_path))
     file.write_text(file.read_text().replace('reference: a', 'reference: c'))
     with pytest.raises(ValueError, match='reference is c, but no row is called so'):
         study.Study(file, tmp_path)
@@ -69,6 +82,20 @@ def test_a_row_that_changed_since_it_was_run_is_no_result(study, tmp_path):
     assert study.Study(file, tmp_path).find_missing() is None
 
 
+def test_a_row_changes_with_what_it_needs_and_never_goes_on_with_another_training(study, tmp_path):
+    rows = dict(dvae=dict(pflop=1), cae=dict(options={'k': '{dvae}'}))
+    file = write_table(tmp_path, rows)
+    add_result(study, file, 'cae', 0, knn=0.5)
+    before = study.Study(file, tmp_path)
+    before._claim_folder(before.rows['cae'], 0)
+    before._claim_folder(before.rows['cae'], 0)  # goes on
+    file.write_text(file.read_text().replace('pflop: 1', 'pflop: 2'))
+    after = study.Study(file, tmp_path)
+    assert before.what(before.rows['cae']) != after.what(after.rows['cae'])
+    with pytest.raises(ValueError, match='cae/0 has a training of another row cae: remove it'):
+        after._claim_folder(after.rows['cae'], 0)
+
+
 def test_braces_are_the_checkpoint_of_a_row(study, tmp_path):
     rows = dict(tokens=dict(seeds=[0, 1]), a=dict(seeds=[0, 1, 2], options={'k': '{tokens}'}))
     read = study.Study(write_table(tmp_path, rows), tmp_path / 'runs')
@@ -84,13 +111,15 @@ def test_braces_are_the_checkpoint_of_a_row(study, tmp_path):
 def test_what_a_run_needs_is_in_its_price(study, tmp_path):
     tokens = dict(of='first', number=512)
     rows = dict(
-        first=dict(options={'k': '{dvae}'}), dvae={}, second=dict(tokens=tokens, seeds=[0, 1])
+        dvae={}, first=dict(options={'k': '{dvae}'}), second=dict(tokens=tokens, seeds=[0, 1])
     )
     file = write_table(tmp_path, rows)
     for name, seed in (('first', 0), ('dvae', 0), ('second', 1)):
         add_result(study, file, name, seed, knn=0.5)
     read = study.Study(file, tmp_path)
     assert [read.price(*run) for run in (('dvae', 0), ('first', 0), ('second', 1))] == [2, 4, 6]
+    with pytest.raises(ValueError, match='row second, seed 0, has no result'):
+        read.price('second', 0)
 
 
 def test_report_has_spread_and_differences_by_seed(study, tmp_path):

@@ -92,3 +92,9 @@ def test_a_rate_that_diverges_leaves_the_others_alone():
     beside = train_heads(tokens, labels, np.arange(96), [0.03, 1e30], **options)
     assert not torch.isfinite(beside[1].fc.weight).all()
     torch.testing.assert_close(beside[0].fc.weight, alone.fc.weight)
+
+
+def test_a_batch_of_one_is_no_batch():
+    tokens, labels = make_split(0)
+    [head] = train_heads(tokens, labels, np.arange(65), [0.03], seed=0, epochs=1, device=CPU)
+    assert head.norm.num_batches_tracked == 2

@@ -129,5 +129,5 @@ def test_attentive_probe_reads_patches(work, capsys):
 
 def test_features_without_room_are_refused(work, monkeypatch):
     monkeypatch.setattr('shutil.disk_usage', lambda _: SimpleNamespace(free=100))
-    with pytest.raises(OSError, match='features take 0.0 GB, but 0.0 GB are free: .*--out'):
+    with pytest.raises(OSError, match='features take 0.0 GB more, 0.0 GB are free: .*--out'):
         probe('epoch_3.pth', '--out', 'out', '--probes', 'knn')
