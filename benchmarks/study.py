@@ -34,11 +34,11 @@ from cae_mm.plan.plan import make_plan
 
 ROOT = Path(__file__).parents[1]
 HELD_OUT = 5  # one of so many images of a class
-NAMES = {  # of quick probes: (feature, probe, setting) -> column of the report
+NAMES: dict[str, tuple[str, str, Any]] = {  # column of the report: where quick probes have it
     'attentive': ('patches', 'attentive', 'accuracy'),
     'logreg': ('mean', 'logreg', 'accuracy'),
     'linear': ('cls', 'linear', 'accuracy'),
-    'knn': ('mean', 'knn', '20'),
+    'knn': ('mean', 'knn', 20),
 }
 
 
@@ -71,12 +71,6 @@ class Row:
     tokens: dict[str, Any] | None = None
     judge: tuple[str, ...] = ('attentive', 'logreg', 'knn')
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def what(self) -> dict[str, Any]:
-        """All that the table says of it, as JSON has it; what says nothing is left out."""
-        said = {k: v for k, v in asdict(self).items() if k != 'seeds' and v not in (None, {}, ())}
-        return json.loads(json.dumps(said))
 
     @property
     def needs(self) -> set[str]:
@@ -114,9 +108,14 @@ class Study:
             self.results = {(r['row']['name'], r['seed']): r for r in map(json.loads, lines)}
 
     def what(self, row: Row) -> dict[str, Any]:
-        """All that the table says of a row and of those that it needs."""
+        """All that the table says of a row and of those that it needs, as JSON has it.
+
+        What says nothing is left out.
+        """
         needs = {name: self.what(self.rows[name]) for name in sorted(row.needs)}
-        return row.what | (dict(needs=needs) if needs else {})
+        said = {**asdict(row), 'needs': needs}
+        kept = {k: v for k, v in said.items() if k != 'seeds' and v not in (None, {}, ())}
+        return json.loads(json.dumps(kept))
 
     def find_missing(self) -> tuple[Row, int] | None:
         """Return the next row and seed to run: the first seed of all rows comes before others.
@@ -216,8 +215,7 @@ class Study:
             probes=[NAMES[name][1] for name in row.judge],
             seed=seed,
         )
-        probe.run()
-        found = json.loads((probe.folder / 'results.json').read_text())['results']
+        found = probe.run()['results']
         for array in probe.folder.glob('*/features.npy'):
             array.unlink()  # hundreds of megabytes
         places = {name: NAMES[name] for name in row.judge}
