@@ -18,6 +18,7 @@ from cae_mm.checkpoints.files import write_safetensors
 from cae_mm.datasets.resumable import ResumableLoader
 from cae_mm.engine.runner import fit_config
 from cae_mm.evaluation.encoder import load_backbone, read_normalizer
+from cae_mm.evaluation.tokens import describe_usage
 from cae_mm.models import CAEViT, KMeansTokenizer, describe_model
 from cae_mm.patches import patchify
 from cae_mm.precision import choose_precision
@@ -178,7 +179,6 @@ def judge(features: Tensor, tokens: Tensor, centers: Tensor) -> dict[str, float]
     left = (features - centers[tokens]).square().sum()
     total = (features - features.mean(0)).square().sum()
     return {
-        'tokens_used': int(counts.count_nonzero()),
-        'perplexity': torch.special.entr(counts / counts.sum()).sum().exp().item(),
+        **describe_usage(counts),
         'explained': 1 - (left / total).item(),
     }

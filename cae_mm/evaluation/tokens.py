@@ -101,17 +101,23 @@ def judge_tokens(
     loading: dict[str, Any] = dict(batch_size=batch_size, num_workers=num_workers, title='tokens')
     tokens = torch.cat([*extract_features(reader, images, rows, **loading)])  # [n, N]
     counts = count_tokens(tokens, reader.tokenizer.vocab_size)
-    used = counts.sum(0) / counts.sum()
     frequencies = (counts / tokens.shape[1]).sqrt().numpy()
     train, held_out = hold_out((frequencies, labels), seed)
     probe = logistic_regression(train, held_out, seed=seed)
     return {
         'images': len(rows),
         'chance': float(np.bincount(labels).max() / len(rows)),
-        'tokens_used': int(used.count_nonzero()),
-        'perplexity': torch.special.entr(used).sum().exp().item(),
+        **describe_usage(counts.sum(0)),
         'error': torch.cat(reader.errors).mean().item() if reader.errors else None,
         'accuracy': probe['accuracy'],
+    }
+
+
+def describe_usage(counts: Tensor) -> dict[str, float]:
+    """``tokens_used`` and ``perplexity`` of tokens that came up so many times, shape (K,)."""
+    return {
+        'tokens_used': int(counts.count_nonzero()),
+        'perplexity': torch.special.entr(counts / counts.sum()).sum().exp().item(),
     }
 
 
