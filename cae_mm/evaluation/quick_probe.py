@@ -19,6 +19,11 @@ from cae_mm.evaluation.knn import check_neighbors, knn_accuracies
 from cae_mm.evaluation.linear import Split, check_class_sizes, linear_sweep, logistic_regression
 
 ATTENTIVE_EPOCHS = 30
+LABELS = {
+    'logreg': 'logistic regression',
+    'linear': 'linear probe',
+    'attentive': 'attentive probe',
+}
 POOLED = ('knn', 'logreg', 'linear')  # of class token or mean
 PROBES = (*POOLED, 'attentive')
 
@@ -147,12 +152,9 @@ def make_table(report: dict[str, Any]) -> Table:
     for feature, probes in report['results'].items():
         for k, accuracy in probes.get('knn', {}).items():
             table.add_row(feature, 'knn', f'k = {k}', f'{accuracy:.1%}')
-        for name, label, key in (
-            ('logreg', 'logistic regression', 'C'),
-            ('linear', 'linear probe', 'lr'),
-            ('attentive', 'attentive probe', 'lr'),
-        ):
+        for name, label in LABELS.items():
             if result := probes.get(name):
+                key = 'C' if name == 'logreg' else 'lr'
                 setting = f'{key} = {result[key]:g}'
                 table.add_row(feature, label, setting, f'{result["accuracy"]:.1%}')
     return table

@@ -6,11 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-NAMES = {
-    'logreg': 'logistic regression',
-    'linear': 'linear probe',
-    'attentive': 'attentive probe',
-}
+from cae_mm.evaluation.quick_probe import LABELS
 
 
 @dataclass
@@ -57,8 +53,8 @@ def read_probes(path: Path) -> Probes:
         for feature, probes in report['results'].items():
             for k, accuracy in probes.get('knn', {}).items():
                 accuracies[f'{feature}, kNN, k = {k}'] = float(accuracy)
-            for key in [key for key in NAMES if key in probes]:
-                accuracies[f'{feature}, {NAMES[key]}'] = float(probes[key]['accuracy'])
+            for key in [key for key in LABELS if key in probes]:
+                accuracies[f'{feature}, {LABELS[key]}'] = float(probes[key]['accuracy'])
         data = f'{report["images"]["val"]} images of {report["folders"]["val"]}'
         return Probes(str(report['checkpoint']), data, float(report['chance']), accuracies)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
