@@ -52,20 +52,21 @@ def draw_chart(name: str, unit: str, curves: Sequence[list[Point]]) -> Chart | N
         return None
     x_range, y_range = (_widen(values) for values in zip(*finite, strict=True))
 
-    def place(point: Point) -> str:
+    def place(point: Point) -> Point:
         x = LEFT + (point[0] - x_range[0]) / (x_range[1] - x_range[0]) * (RIGHT - LEFT)
         y = BOTTOM - (point[1] - y_range[0]) / (y_range[1] - y_range[0]) * (BOTTOM - TOP)
-        return f'{x:.2f},{y:.2f}'
+        return round(x, 2), round(y, 2)
 
     lines = []
     for run, points in enumerate(shown):
         values = [value for _, value in curves[run] if math.isfinite(value)]
         if values:
             line = Line(run, curves[run][-1][1], (min(values), max(values)))
-            line.paths = [' '.join(map(place, piece)) for piece in split_at_gaps(points)]
+            pieces = [map(place, piece) for piece in split_at_gaps(points)]
+            line.paths = [' '.join(f'{x:.2f},{y:.2f}' for x, y in piece) for piece in pieces]
             lines.append(line)
-    x_ticks = [(float(place((x, y_range[0])).split(',')[0]), _label(x)) for x in _ticks(x_range, 5)]
-    y_ticks = [(float(place((x_range[0], y)).split(',')[1]), _label(y)) for y in _ticks(y_range, 4)]
+    x_ticks = [(place((x, y_range[0]))[0], _label(x)) for x in _ticks(x_range, 5)]
+    y_ticks = [(place((x_range[0], y))[1], _label(y)) for y in _ticks(y_range, 4)]
     return Chart(name, unit, lines, averaged, x_range, y_range, x_ticks, y_ticks)
 
 

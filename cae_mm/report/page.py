@@ -3,13 +3,14 @@
 import base64
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from mmengine.config import Config
 
-from cae_mm.report.charts import HEIGHT, WIDTH, Chart, draw_chart
+from cae_mm.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, Chart, draw_chart
 from cae_mm.report.probes import Probes, read_probes
 from cae_mm.report.run import Run
 from cae_mm.report.values import differences, flatten
@@ -88,14 +89,14 @@ def write_page(
     name_runs(runs)
     problems: list[str] = []
     rows = []
-    files = [path for run in runs for path in find_own_results(run)]
-    for path in dict.fromkeys([*files, *results]):
+    own = [find_own_results(run) for run in runs]
+    for path in dict.fromkeys([*chain(*own), *results]):
         try:
             rows.append(make_row(path, runs))
         except ValueError as error:
             problems.append(str(error))
-    for run in runs:
-        if not run.curves and not run.parts and not find_own_results(run):
+    for run, found in zip(runs, own, strict=True):
+        if not run.curves and not run.parts and not found:
             raise FileNotFoundError(
                 f'{run.folder} is no work directory of a run: it has neither TIME/vis_data, which '
                 'LocalVisBackend of the visualizer writes, nor results.json of quick probes'
@@ -124,6 +125,9 @@ def write_page(
         sheets=choose_sheets(runs),
         width=WIDTH,
         height=HEIGHT,
+        left=LEFT,
+        right=RIGHT,
+        bottom=BOTTOM,
         version=__version__,
         now=datetime.now().strftime('%Y-%m-%d %H:%M'),
     )
