@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from mmengine.config import Config
 from torch import Tensor
@@ -42,6 +41,8 @@ from cae_mm.models import CAEViT
 from cae_mm.patches import Grid
 from cae_mm.visualization.attention import (
     attended_share,
+    attention_scale,
+    attention_titles,
     class_attention,
     nearest_masked,
     paint_attention,
@@ -54,7 +55,7 @@ from cae_mm.visualization.images import ImageFiles, find_images, to_picture
 from cae_mm.visualization.maps import project, save_maps
 from cae_mm.visualization.neighbors import mark_patch, nearest_images, nearest_patches
 from cae_mm.visualization.pretraining import build_cae, load_views, load_weights
-from cae_mm.visualization.reconstruction import DALLE_DECODER, paint_files
+from cae_mm.visualization.reconstruction import DALLE_DECODER, GRAY, hidden_pixels, paint_files
 from cae_mm.visualization.sheet import RIGHT, WRONG, frame, save_sheet
 
 
@@ -199,18 +200,17 @@ def draw_attention(args: argparse.Namespace) -> None:
     files = find_images(args.images, args.count, args.seed)
     look = {'class': look_at_patches, 'probe': look_at_patches, 'regressor': look_through_regressor}
     seen = [look[args.of](source, files, args) for source in args.sources]
-    top = float(np.quantile(np.concatenate([maps.flatten() for _, maps, _ in seen]), 0.99))
+    top, note = attention_scale([maps for _, maps, _ in seen])
     rows = [paint_attention(firsts, maps, grid, top) for firsts, maps, grid in seen]
-    titles = ['', 'mean', *(f'head {i + 1}' for i in range(max(map(len, rows[0])) - 2))]
     for source, (_, maps, grid) in zip(args.sources, seen, strict=True):
         share = attended_share(maps[:, 0]).mean()
         print(f'{source.name}: the mean over heads attends to {share:.0%} of {grid} patches')
     save_sheet(
         take_turns(rows),
         args.out,
-        titles=titles,
+        titles=attention_titles(len(rows[0][0]) - 2),
         labels=take_turns([[source.name] * len(files) for source in args.sources]),
-        note=f'yellow: {top * maps.shape[-1]:.1f} times uniform attention or more; black: none',
+        note=note,
     )
 
 
@@ -248,9 +248,7 @@ def look_through_regressor(
     [images, *_] = model.data_preprocessor({'inputs': views})['inputs']
     weights = regressor_attention(model, images, masks, patches, args.layer)
     pictures = to_picture(views[0])
-    hidden = masks.view(-1, 1, *grid).float()
-    hidden = torch.nn.functional.interpolate(hidden, pictures.shape[-2:]).bool()
-    seen = pictures.masked_fill(hidden, 0.5)
+    seen = pictures.masked_fill(hidden_pixels(masks, pictures, grid), GRAY)
     marked = [mark_patch(*each, grid) for each in zip(seen, patches.tolist(), strict=True)]
     return torch.stack(marked), with_mean(weights), grid
 
@@ -274,8 +272,8 @@ def draw_features(args: argparse.Namespace) -> None:
 
 def draw_patches(args: argparse.Namespace) -> None:
     """A row for each model: the patch, and the images with the patches most like it."""
-    files = [path for path in find_images(args.among, args.count, args.seed)]
-    files = [path for path in files if not path.samefile(args.image)]
+    among = find_images(args.among, args.count, args.seed)
+    files = [path for path in among if not path.samefile(args.image)]
     rows = []
     for source in args.sources:
         size = find_size(source.cfg, args.size)

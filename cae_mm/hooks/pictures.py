@@ -17,7 +17,13 @@ from cae_mm.engine.sharding import gathered_weights
 from cae_mm.hooks.checkpoint import unwrap
 from cae_mm.models import CAE
 from cae_mm.registry import HOOKS
-from cae_mm.visualization.attention import class_attention, paint_attention, with_mean
+from cae_mm.visualization.attention import (
+    attention_scale,
+    attention_titles,
+    class_attention,
+    paint_attention,
+    with_mean,
+)
 from cae_mm.visualization.images import find_images, to_picture
 from cae_mm.visualization.pretraining import load_views
 from cae_mm.visualization.reconstruction import DALLE_DECODER, find_painter, paint_reconstruction
@@ -111,11 +117,9 @@ class PictureHook(Hook):
         """A row for each image: itself, the mean over heads, each head."""
         images = model.data_preprocessor({'inputs': self.views})['inputs'][0]
         maps = with_mean(class_attention(model.backbone, images)).cpu()  # [B, 1 + heads, N]
-        top = float(np.quantile(maps.numpy(), 0.995))
+        top, note = attention_scale([maps])
         rows = paint_attention(to_picture(self.views[0]), maps, model.backbone.grid, top)
-        titles = ['', 'mean', *(f'head {i}' for i in range(1, maps.shape[1]))]
-        note = f'yellow: {top * maps.shape[-1]:.1f} times uniform attention or more; black: none'
-        return draw_sheet(rows, titles=titles, note=note)
+        return draw_sheet(rows, titles=attention_titles(maps.shape[1] - 1), note=note)
 
 
 @contextmanager

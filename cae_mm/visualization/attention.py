@@ -4,10 +4,11 @@ Fused attention returns no weights, so hooks on the attention modules compute th
 same inputs; the forward pass itself stays as it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib import colormaps
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from cae_mm.models import CAE, AttentiveProbeHead, CAEViT
 from cae_mm.models.blocks import Attention, CrossAttention, WindowAttention
 from cae_mm.patches import Grid, gather_tokens, split_mask
+
+BRIGHTEST = 0.99  # quantile of a sheet's weights that is painted brightest
 
 
 def self_attention_weights(
@@ -162,6 +165,18 @@ def paint_attention(
         [picture, *(overlay(picture, weight, grid, top) for weight in maps)]
         for picture, maps in zip(pictures, weights, strict=True)
     ]
+
+
+def attention_scale(maps: Sequence[Tensor]) -> tuple[float, str]:
+    """Weight that is painted brightest, of maps (B, K, N), and what a sheet says of it."""
+    top = float(np.quantile(np.concatenate([each.flatten() for each in maps]), BRIGHTEST))
+    uniform = top * maps[-1].shape[-1]
+    return top, f'yellow: {uniform:.1f} times uniform attention or more; black: none'
+
+
+def attention_titles(heads: int) -> list[str]:
+    """Columns of a sheet of ``paint_attention``, with the maps of ``with_mean``."""
+    return ['', 'mean', *(f'head {i}' for i in range(1, heads + 1))]
 
 
 def _pick(blocks: Any, layer: int) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from cae_mm.evaluation.encoder import quiet_init
 from cae_mm.models import CAE, DALLEEncoder
 from cae_mm.models.targets.rgb import RGBTarget, patch_statistics
-from cae_mm.patches import split_mask
+from cae_mm.patches import Grid, split_mask
 from cae_mm.visualization.pretraining import build_cae, load_views, load_weights
 
 GRAY = 0.5
@@ -104,8 +104,7 @@ def paint_reconstruction(
     """
     inputs = model.data_preprocessor({'inputs': list(views)})['inputs']
     image, grid = _denormalize(model, inputs[0], 0), model.backbone.grid
-    hidden = masks.to(image).view(-1, 1, *grid)
-    hidden = F.interpolate(hidden, image.shape[-2:]).bool()  # [B, 1, H, W]
+    hidden = hidden_pixels(masks, image, grid)
     pictures = {'image': image, 'masked': image.masked_fill(hidden, GRAY)}
     guesses = {
         'predicted': model.reconstruct(inputs[0], masks),  # [B, M, K]
@@ -123,6 +122,11 @@ def paint_reconstruction(
             guessed = tokens.flatten(1).scatter(1, ids_m, guess.argmax(-1)).view_as(tokens)
             pictures[title] = _denormalize(model, painter.decode_tokens(guessed), view)
     return {title: picture.clamp(0, 1).cpu() for title, picture in pictures.items()}
+
+
+def hidden_pixels(masks: Tensor, pictures: Tensor, grid: Grid) -> Tensor:
+    """Pixels of masked patches, bool (B, 1, H, W), of masks (B, N) of pictures (B, 3, H, W)."""
+    return F.interpolate(masks.to(pictures).view(-1, 1, *grid), pictures.shape[-2:]).bool()
 
 
 def _paint_pixels(model: CAE, image: Tensor, masks: Tensor, guess: Tensor) -> Tensor:
