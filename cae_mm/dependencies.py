@@ -38,8 +38,10 @@ _REQUIREMENTS = {
     'notebook': 'cae-mm[demo,export] ipykernel>=6.29 jupytext>=1.16 nbclient>=0.10',
     # Numbers and pictures of a run in a browser while it goes on: settings.watch.
     'watch': 'tensorboard>=2.16',
+    # Maps by UMAP, in tools/picture.py.
+    'umap': 'umap-learn>=0.5.12',
     # Same versions as in .pre-commit-config.yaml and constraints/.
-    'dev': """cae-mm[demo,docs,export,notebook,watch] hypothesis==6.168.5 mypy==2.4.1
+    'dev': """cae-mm[demo,docs,export,notebook,umap,watch] hypothesis==6.168.5 mypy==2.4.1
         pre-commit==4.6.2 pytest==9.2.0 pytest-xdist==3.8.0 ruff==0.17.5""",
 }
 EXTRAS_REQUIRE = {extra: packages.split() for extra, packages in _REQUIREMENTS.items()}

@@ -52,7 +52,7 @@ from cae_mm.visualization.attention import (
 )
 from cae_mm.visualization.components import paint_patches, principal_components, to_colors
 from cae_mm.visualization.images import ImageFiles, find_images, to_picture
-from cae_mm.visualization.maps import project, save_maps
+from cae_mm.visualization.maps import NEIGHBORS, import_umap, project, save_maps
 from cae_mm.visualization.neighbors import mark_patch, nearest_images, nearest_patches
 from cae_mm.visualization.pretraining import build_cae, load_views, load_weights
 from cae_mm.visualization.reconstruction import DALLE_DECODER, GRAY, hidden_pixels, paint_files
@@ -136,10 +136,11 @@ def parse_args() -> argparse.Namespace:
     kind.add_argument('--k', type=int, default=8, help='how many neighbours')
     kind.add_argument('--feature', choices=FEATURES, default='mean')
 
-    kind = add('map', draw_map, 't-SNE of images, coloured by class')
+    kind = add('map', draw_map, 't-SNE or UMAP of images, coloured by class')
     kind.add_argument('folder', help='with one sub-folder per class')
     kind.add_argument('--count', type=int, default=1000, help='images drawn from it')
     kind.add_argument('--feature', choices=FEATURES, default='mean')
+    kind.add_argument('--method', choices=NEIGHBORS, default='tsne')
     return parser.parse_args()
 
 
@@ -331,12 +332,14 @@ def draw_neighbors(args: argparse.Namespace) -> None:
 
 def draw_map(args: argparse.Namespace) -> None:
     """A row for each model: points coloured by class, thumbnails."""
+    if args.method == 'umap':
+        import_umap()  # is it there?
     maps = {}
     for source in args.sources:
         images = labelled_images(args.folder, read_size(source.cfg))
         rows = subset_rows(images, args.count, args.seed)
         features = torch.cat([*extract(load(source, args), images, rows)])[:, 0]
-        maps[source.name] = project(features.numpy(), args.seed)
+        maps[source.name] = project(features.numpy(), args.seed, args.method)
     labels = [images.targets[row] for row in rows]
     pictures = [to_picture(images[row][0]) for row in rows]
     save_maps(maps, labels, images.classes, pictures, args.out)

@@ -1,5 +1,6 @@
 """Features of labelled images in the plane: points coloured by class, and thumbnails."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,41 @@ from torch import Tensor
 from cae_mm.visualization.sheet import frame, save_figure
 
 CANVAS, THUMBNAIL = 900, 28  # pixels of a side
-PERPLEXITY = 30
+NEIGHBORS = dict(tsne=30, umap=15)  # that a method looks at
 
 
-def project(features: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Bring features (N, D) into the plane by t-SNE: float32 (N, 2).
+def project(features: np.ndarray, seed: int = 0, method: str = 'tsne') -> np.ndarray:
+    """Bring features (N, D) into the plane: float32 (N, 2).
 
-    scikit-learn's, on features of length 1, whose Euclidean neighbours are those by cosine.
+    By scikit-learn's t-SNE or umap-learn's UMAP ('umap'), on features of length 1, whose Euclidean
+    neighbours are those by cosine.
     """
-    if len(features) <= PERPLEXITY:
+    count = NEIGHBORS[method]
+    if len(features) <= count:
         raise ValueError(
-            f't-SNE looks at {PERPLEXITY} neighbours, but there are {len(features)} images'
+            f'{method} looks at {count} neighbours, but there are {len(features)} images'
         )
     features = features / np.linalg.norm(features, axis=1, keepdims=True)
-    tsne = TSNE(perplexity=PERPLEXITY, init='pca', random_state=seed, n_jobs=1)
-    return tsne.fit_transform(features)
+    if method == 'umap':
+        mapping = import_umap().UMAP(n_neighbors=count, random_state=seed, n_jobs=1)
+    else:
+        mapping = TSNE(perplexity=count, init='pca', random_state=seed, n_jobs=1)
+    return mapping.fit_transform(features)
+
+
+def import_umap() -> Any:
+    """Import umap-learn, which takes seconds and warns if TensorFlow is not there for more of it.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', ImportWarning)
+            import umap
+    except ImportError as error:
+        raise ImportError('a map by UMAP needs its package: pip install umap-learn') from error
+    return umap
 
 
 def class_colors(count: int) -> np.ndarray:

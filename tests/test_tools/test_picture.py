@@ -1,5 +1,8 @@
 """tools/picture.py as a user runs it; the pictures' numbers are tested in test_visualization."""
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -136,6 +139,26 @@ def test_right_and_wrong_neighbors(work, capsys):
 def test_map(work):
     make_images(work / 'more', CLASSES, 20)
     assert draw('map', 'more', '--count', 36, '--against', 'random').shape == (1200, 1200, 3)
+
+
+def test_a_map_by_umap_is_refused_before_features_are_computed(work, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'umap', None)
+    with pytest.raises(ImportError, match='needs its package: pip install umap-learn'):
+        draw('map', 'nowhere', '--method', 'umap')
+
+
+def test_a_map_by_umap_has_the_seed(work, monkeypatch):
+    """umap-learn itself is tested where a process compiles it: in test_maps.py."""
+    seen = []
+
+    def UMAP(random_state, **options):
+        seen.append(random_state)
+        return SimpleNamespace(fit_transform=lambda features: features[:, :2])
+
+    monkeypatch.setitem(sys.modules, 'umap', SimpleNamespace(UMAP=UMAP))
+    make_images(work / 'more', CLASSES, 20)
+    draw('map', 'more', '--count', 36, '--method', 'umap', '--seed', 5)
+    assert seen == [5, 5]  # drawn twice
 
 
 def test_two_runs_with_files_of_one_name(work, capsys):

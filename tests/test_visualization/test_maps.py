@@ -1,9 +1,18 @@
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from cae_mm.visualization.maps import CANVAS, THUMBNAIL, class_colors, paint_thumbnails, project
+from cae_mm.visualization.maps import (
+    CANVAS,
+    THUMBNAIL,
+    class_colors,
+    import_umap,
+    paint_thumbnails,
+    project,
+)
 
 CLASSES, EACH = 3, 15
 
@@ -16,20 +25,38 @@ def features():
     return (directions * rng.uniform(0.1, 10, size=(45, 1))).astype(np.float32)
 
 
+def share_of_neighbors(points):
+    """How many of the four nearest points are of a point's class."""
+    ids = NearestNeighbors(n_neighbors=4).fit(points).kneighbors(return_distance=False)
+    return (ids // EACH == np.arange(len(points))[:, None] // EACH).mean()
+
+
 def test_neighbors_stay_neighbors(features):
     points = project(features, seed=3)
     assert points.shape == (45, 2)
-    ids = NearestNeighbors(n_neighbors=4).fit(points).kneighbors(return_distance=False)
-    assert (ids // EACH == np.arange(45)[:, None] // EACH).mean() > 0.95
+    assert share_of_neighbors(points) > 0.95
 
 
 def test_seed(features):
     assert np.array_equal(project(features, 0), project(features, 0))
 
 
-def test_too_few_images(features):
-    with pytest.raises(ValueError, match='looks at 30 neighbours, but there are 30 images'):
-        project(features[:30])
+@pytest.mark.skipif(find_spec('umap') is None, reason='umap-learn is not installed')
+def test_umap(features):
+    """One test, as umap-learn compiles its functions in each process, for ten seconds."""
+    points = project(features, 3, 'umap')
+    by_hand = import_umap().UMAP(n_neighbors=15, random_state=3, n_jobs=1)
+    directions = features / np.linalg.norm(features, axis=1, keepdims=True)
+    assert np.array_equal(points, by_hand.fit_transform(directions))
+    assert not np.array_equal(points, project(features, 4, 'umap'))
+    assert share_of_neighbors(points) > 0.95
+
+
+@pytest.mark.parametrize(('method', 'count'), [('tsne', 30), ('umap', 15)])
+def test_too_few_images(features, method, count):
+    message = f'{method} looks at {count} neighbours, but there are {count} images'
+    with pytest.raises(ValueError, match=message):
+        project(features[:count], method=method)
 
 
 @pytest.mark.parametrize('count', [10, 20, 50])
