@@ -58,6 +58,8 @@ class Row:
         tokens: Makes it a second round: ``of``, the row whose patch features are clustered (of the
             same seed, as above), and the ``number`` of clusters, which are the targets.
         judge: Columns of the report that quick probes give, see ``NAMES``.
+        judge_on: Other folders like ``data`` that quick probes judge on too, by the name that their
+            columns begin with: {coco: FOLDER} gives coco/attentive and so on.
         tasks: Trainings that begin with the encoder, by the name of their column: ``config``,
             ``options``, and ``metric``, the name of a number of their evaluation, in percent.
     """
@@ -70,6 +72,7 @@ class Row:
     pflop: float | None = None
     tokens: dict[str, Any] | None = None
     judge: tuple[str, ...] = ('attentive', 'logreg', 'knn')
+    judge_on: dict[str, str] = field(default_factory=dict)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -165,7 +168,7 @@ class Study:
             train(config)
             checkpoint = last_checkpoint(folder)
             result |= read_price(folder, plan.flops_per_image, plan.images)
-        judged = self._probe(row, seed, config, checkpoint) if row.judge else {}
+        judged = self._judge(row, seed, config, checkpoint) if row.judge else {}
         tasks = {name: self._train_task(row, seed, name, checkpoint) for name in row.tasks}
         return result | dict(accuracy=judged | tasks)
 
@@ -204,22 +207,26 @@ class Study:
         )
         return {'model.target_generator': generator, 'model.neck.out_dims': number}
 
-    def _probe(self, row: Row, seed: int, config: Path, checkpoint: Path | str) -> dict[str, float]:
-        """Accuracies of quick probes, in [0, 1]."""
-        probe = QuickProbe(
-            cfg=load_config(config),
-            checkpoint=checkpoint,
-            train=ROOT / row.data / 'train',
-            val=ROOT / row.data / 'val',
-            out=config.parent / 'probe',
-            probes=[NAMES[name][1] for name in row.judge],
-            seed=seed,
-        )
-        found = probe.run()['results']
-        for array in probe.folder.glob('*/features.npy'):
-            array.unlink()  # hundreds of megabytes
-        places = {name: NAMES[name] for name in row.judge}
-        return {name: found[feature][kind][key] for name, (feature, kind, key) in places.items()}
+    def _judge(self, row: Row, seed: int, config: Path, checkpoint: Path | str) -> dict[str, float]:
+        """Accuracies of quick probes by column, in [0, 1]."""
+        judged = {}
+        for prefix, data in [('', row.data), *((f'{k}/', v) for k, v in row.judge_on.items())]:
+            probe = QuickProbe(
+                cfg=load_config(config),
+                checkpoint=checkpoint,
+                train=ROOT / data / 'train',
+                val=ROOT / data / 'val',
+                out=config.parent / 'probe' / prefix,
+                probes=[NAMES[name][1] for name in row.judge],
+                seed=seed,
+            )
+            found = probe.run()['results']
+            for array in probe.folder.glob('*/features.npy'):
+                array.unlink()  # hundreds of megabytes
+            for name in row.judge:
+                feature, kind, setting = NAMES[name]
+                judged[prefix + name] = found[feature][kind][setting]
+        return judged
 
     def _train_task(self, row: Row, seed: int, name: str, checkpoint: Path | str) -> float:
         """Train a task that begins with the encoder; return its metric, in [0, 1]."""

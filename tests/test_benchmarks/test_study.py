@@ -153,6 +153,8 @@ def test_a_fifth_of_each_class_is_held_out(study, tmp_path):
 def test_a_run_is_trained_at_its_price_judged_and_kept(study, tmp_path):
     for part, count in (('train', 20), ('val', 5)):
         make_images(tmp_path / part, CLASSES, count)
+    make_images(tmp_path / 'other/train', CLASSES, 20)
+    make_images(tmp_path / 'other/val', dict(dark=250, bright=60), 5)  # the other way round
     options = {
         'model.target_generator': dict(_delete_=True, type='cae_mm.RGBTarget'),
         'model.neck.out_dims': 192,
@@ -163,16 +165,31 @@ def test_a_run_is_trained_at_its_price_judged_and_kept(study, tmp_path):
         'train_dataloader.batch_size': 20,
         'settings.transforms.TwoViewResizedCrop.second_size': None,
     }
+    arch = 'model.backbone.arch'
+    head = {'model.head.in_channels': 64, 'model.head.num_classes': 2, 'val_evaluator.topk': [1]}
+    finetuning = dict(
+        config='configs/imagenette/vit-micro-p8_cae-pre_1xb64-coslr-3e_imagenette-64px.py',
+        options={'settings.data_root': str(tmp_path), arch: options[arch]}
+        | {'train_dataloader.batch_size': 20, 'model.data_preprocessor.num_classes': 2}
+        | head,
+        metric='accuracy/top1',
+    )
     rows = dict(
-        random=dict(pflop=0, judge=['knn', 'attentive']),
-        cae=dict(pflop=3e-5),
+        random=dict(pflop=0, judge=['knn', 'attentive'], judge_on=dict(other=f'{tmp_path}/other')),
+        cae=dict(pflop=3e-5, tasks=dict(finetuning=finetuning)),
         second=dict(pflop=3e-5, tokens=dict(of='cae', number=16)),
     )
     file = write_table(tmp_path, rows, options=options, judge=['knn'])
     study.run_all(file, tmp_path / 'runs')
     random, cae, second = map(json.loads, file.with_suffix('.jsonl').read_text().splitlines())
-    assert 'pflop' not in random and set(random['accuracy']) == {'knn', 'attentive'}
-    assert set(cae['accuracy']) == {'knn'} and 0 <= cae['accuracy']['knn'] <= 1
+    found = random['accuracy']
+    assert 'pflop' not in random
+    assert found.keys() == {'knn', 'attentive', 'other/knn', 'other/attentive'}
+    assert (found['knn'], found['other/knn']) == (1, 0)
+    assert set(cae['accuracy']) == {'knn', 'finetuning'}
+    assert all(0 <= accuracy <= 1 for accuracy in cae['accuracy'].values())
+    task = tmp_path / 'runs/cae/0/finetuning'
+    assert f"'{tmp_path}/runs/cae/0/epoch_2.pth'" in (task / 'config.py').read_text()
     assert cae['epochs'] == 2 and cae['images'] == 80 and cae['seconds'] > 0
     assert cae['pflop'] == pytest.approx(3e-5, rel=0.25)  # half an epoch
     assert set(second['accuracy']) == {'knn'}

@@ -1,0 +1,22 @@
+"""The same fine-tuning of mmpretrain's MAE."""
+
+_base_ = './vit-micro-p8_cae-pre_1xb64-coslr-3e_imagenette-64px.py'
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mmpretrain.VisionTransformer',
+        arch=dict(embed_dims=128, num_layers=4, num_heads=2, feedforward_channels=512),
+        img_size=64,
+        patch_size=8,
+        out_type='avg_featmap',
+        final_norm=False,  # a new norm follows the mean
+        norm_cfg=dict(type='LN', eps=1e-6),
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='work_dirs/mae_vit-micro-p8_1xb64-amp-coslr-20e_imagenette-64px/'
+            'epoch_20.pth',
+            prefix='backbone.',
+        ),
+    )
+)
