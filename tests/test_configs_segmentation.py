@@ -31,6 +31,7 @@ RECIPES = [path for path in CONFIGS if '160k' in path.stem]
 BASE = ROOT / 'configs/upernet/cae_vit-base_upernet_8xb2-amp-160k_ade20k-512x512.py'
 CUSTOM = ROOT / 'configs/upernet/cae_vit-base_upernet_4xb4-amp-20k_custom-512x512.py'
 MINI = ROOT / 'configs/upernet/cae_vit-mini_upernet_1xb2-amp-800i_ade20k-256x256.py'
+MICRO = [path for path in CONFIGS if 'vit-micro' in path.stem]
 HEIGHT, WIDTH = 40, 50
 CROP = (64, 64)
 
@@ -65,13 +66,22 @@ def shrink(cfg: Config, data: Path, work_dir: Path) -> Config:
         cfg[name].update(num_workers=0, persistent_workers=False)
     own = cfg.train_dataloader.dataset.type == 'mmseg.BaseSegDataset'
     root = str(data / ('custom' if own else 'ade'))
+    if 'coco' in cfg.train_dataloader.dataset.data_prefix.img_path:
+        for loader, split in ((cfg.train_dataloader, 'train'), (cfg.val_dataloader, 'val')):
+            folders = dict(img_path=f'images/{split}', seg_map_path=f'masks/{split}')
+            loader.dataset.data_prefix = folders
     apply_settings(cfg, img_size=CROP, data_root=root, batch_size=2)
     cfg.auto_scale_lr.base_batch_size = 2
     cfg.train_cfg.update(max_iters=2, val_interval=2)
     cfg.default_hooks.checkpoint.interval = 2
     model = cfg.model
-    arch = dict(embed_dims=16, depth=4, num_heads=2, layer_scale=0.1)
-    model.backbone.update(arch=arch, pretrain_img_size=32, out_indices=(0, 1, 2, 3), init_cfg=None)
+    model.backbone.update(out_indices=(0, 1, 2, 3), init_cfg=None)
+    arch = dict(embed_dims=16, num_heads=2)
+    if model.backbone.type == 'cae_mm.CAEViT':
+        arch |= dict(depth=4, layer_scale=0.1)
+        model.backbone.update(arch=arch, pretrain_img_size=32)
+    else:
+        model.backbone.arch = arch | dict(num_layers=4, feedforward_channels=32)
     model.neck.in_channels = 16
     model.decode_head.update(in_channels=[16] * 4, channels=8)
     model.auxiliary_head.update(in_channels=16, channels=8)
@@ -108,7 +118,7 @@ def test_config_builds_at_full_size(path):
         (1, width, crop[0] // stride, crop[1] // stride) for stride in (4, 8, 16, 32)
     ]
     logits = model.decode_head(maps)
-    classes = {CUSTOM: 3, MINI: 5}.get(path, 150)
+    classes = {CUSTOM: 3, MINI: 5, **dict.fromkeys(MICRO, 6)}.get(path, 150)
     assert logits.shape == (1, classes, crop[0] // 4, crop[1] // 4)
     assert model.auxiliary_head(maps).shape == (1, classes, crop[0] // 16, crop[1] // 16)
 

@@ -1,6 +1,7 @@
 """Fine-tuning for studies on two cores: few epochs, so crops and flips are the only augmentation.
 
-No relative position bias: MAE's encoder, which is judged beside it, has none either.
+No relative position bias and no layer scale of its own: MAE's encoder, which is judged beside it,
+has none either. Scales that were learned in pretraining are loaded and stay as they are.
 """
 
 _base_ = './vit-mini-p16_cae-pre_1xb64-coslr-3e_imagenette-128px.py'
@@ -8,7 +9,7 @@ _base_ = './vit-mini-p16_cae-pre_1xb64-coslr-3e_imagenette-128px.py'
 from cae_mm.engine.settings import apply_settings
 
 _base_.model.backbone.update(
-    arch=dict(embed_dims=128, depth=4, num_heads=2, layer_scale=0.1),
+    arch=dict(embed_dims=128, depth=4, num_heads=2, layer_scale=None),
     patch_size=8,
     use_rel_pos_bias=False,
 )
