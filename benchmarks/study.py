@@ -56,7 +56,8 @@ class Row:
         pflop: Operations of the training in 10^15, from which its epochs follow; None keeps those
             of the config, 0 trains nothing: a random encoder.
         tokens: Makes it a second round: ``of``, the row whose patch features are clustered (of the
-            same seed, as above), and the ``number`` of clusters, which are the targets.
+            same seed, as above), the ``number`` of clusters, which are the targets, and ``blocks``,
+            how many of that row's encoder are kept, fewer than it has.
         judge: Columns of the report that quick probes give, see ``NAMES``.
         judge_on: Other folders like ``data`` that quick probes judge on too, by the name that their
             columns begin with: {coco: FOLDER} gives coco/attentive and so on.
@@ -194,14 +195,18 @@ class Study:
         assert row.tokens is not None
         number, first = row.tokens['number'], self._find_folder(row.tokens['of'], seed)
         out = self.folder_of(row, seed) / 'tokenizer.safetensors'
+        backbone = load_config(first / 'config.py').model.backbone
+        words = [last_checkpoint(first), '--out', out, '--tokens', number, '--seed', seed]
+        if blocks := row.tokens.get('blocks'):
+            backbone.update(arch=dict(backbone.arch, depth=blocks), final_norm=False)
+            words += ['--blocks', blocks]
         if not out.exists():
             tool = [sys.executable, 'tools/make_tokenizer.py', first / 'config.py']
-            words = [last_checkpoint(first), '--out', out, '--tokens', number, '--seed', seed]
             subprocess.run([str(word) for word in [*tool, *words]], cwd=ROOT, check=True)
         generator = dict(
             _delete_=True,
             type='cae_mm.KMeansTokenizer',
-            backbone=load_config(first / 'config.py').model.backbone.to_dict(),
+            backbone=backbone.to_dict(),
             vocab_size=number,
             init_cfg=dict(type='Pretrained', checkpoint=str(out)),
         )
