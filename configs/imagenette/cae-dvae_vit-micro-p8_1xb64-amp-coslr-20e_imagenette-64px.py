@@ -14,5 +14,5 @@ apply_settings(
     epochs=20,
     transforms=dict(CAEMaskGenerator=dict(patch_size=8)),
 )
-train_dataloader = dict(num_workers=0)
+train_dataloader = dict(num_workers=1)
 default_hooks = dict(checkpoint=dict(interval=2))

@@ -12,5 +12,5 @@ _base_.model.neck.update(
 )
 _base_.model.head.patch_size = 8
 apply_settings(_base_, img_size=64, epochs=20)
-train_dataloader = dict(num_workers=0)
+train_dataloader = dict(num_workers=1)
 default_hooks = dict(checkpoint=dict(interval=2))

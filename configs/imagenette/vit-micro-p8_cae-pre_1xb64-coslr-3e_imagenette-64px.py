@@ -19,7 +19,7 @@ _base_.model.backbone.init_cfg.checkpoint = (
 apply_settings(_base_, img_size=64)
 _base_.train_pipeline[-3:-1] = []  # colours and erasing
 model = dict(head=dict(in_channels=128), train_cfg=None)  # no mixup
-train_dataloader = dict(num_workers=0, dataset=dict(pipeline=_base_.train_pipeline))
+train_dataloader = dict(num_workers=1, dataset=dict(pipeline=_base_.train_pipeline))
 val_dataloader = dict(num_workers=0)
 test_dataloader = val_dataloader
 default_hooks = dict(checkpoint=dict(save_best=None, interval=3))
