@@ -42,6 +42,9 @@ NAMES: dict[str, tuple[str, str, Any]] = {  # column of the report: where quick 
 }
 
 
+JUDGING = ('judge', 'judge_on', 'tasks')  # of a row: may change when it is trained
+
+
 @dataclass(frozen=True)
 class Row:
     """One way of pretraining.
@@ -124,19 +127,24 @@ class Study:
     def find_missing(self) -> tuple[Row, int] | None:
         """Return the next row and seed to run: the first seed of all rows comes before others.
 
+        A finished run that is to be judged in another way comes again, from its checkpoint.
+
         Raises:
-            ValueError: If a finished row is no longer what was run.
+            ValueError: If a finished row is no longer what was trained.
         """
         wanted = [(row, seed) for row in self.rows.values() for seed in row.seeds]
         for row, seed in sorted(wanted, key=lambda each: each[0].seeds.index(each[1])):
-            known = self.results.get((row.name, seed))
-            if known is None:
+            what, result = self.what(row), self.results.get((row.name, seed))
+            if result is None:
                 return row, seed
-            if known['row'] != self.what(row):
+            known = result['row']
+            if training_of(known) != training_of(what):
                 raise ValueError(
                     f'row {row.name} is not what was run as seed {seed} in {self.results_file}: '
                     f'give it another name, or remove that line and {self.folder_of(row, seed)}'
                 )
+            if any(known.get(key) != what.get(key) for key in JUDGING):
+                return row, seed
         return None
 
     def run(self, row: Row, seed: int) -> None:
@@ -181,7 +189,7 @@ class Study:
         """
         folder, what = self.folder_of(row, seed), self.what(row)
         file = folder / 'row.json'
-        if file.exists() and json.loads(file.read_text()) != what:
+        if file.exists() and training_of(json.loads(file.read_text())) != training_of(what):
             raise ValueError(
                 f'{folder} has a training of another row {row.name}: remove it, or give the row '
                 'another name'
@@ -270,6 +278,12 @@ class Study:
             raise ValueError(f'row {name}, seed {seed}, has no result, which prices need: run it')
         needed = [self.price(other, self._seed_of(other, seed)) for other in self.rows[name].needs]
         return self.results[name, seed].get('pflop', 0.0) + sum(needed)
+
+
+def training_of(what: dict[str, Any]) -> dict[str, Any]:
+    """The part of ``Study.what`` that a training depends on."""
+    needs = {name: training_of(other) for name, other in what.get('needs', {}).items()}
+    return {key: value for key, value in what.items() if key not in JUDGING} | dict(needs=needs)
 
 
 def run_all(file: Path, folder: Path) -> None:

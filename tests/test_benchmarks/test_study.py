@@ -96,6 +96,24 @@ def test_a_row_changes_with_what_it_needs_and_never_goes_on_with_another_trainin
         after._claim_folder(after.rows['cae'], 0)
 
 
+def test_a_finished_training_is_judged_anew_where_its_protocols_change(study, tmp_path):
+    rows = dict(dvae=dict(judge=[]), cae=dict(options={'k': '{dvae}'}, judge=['knn']))
+    file = write_table(tmp_path, rows)
+    for name in rows:
+        add_result(study, file, name, 0, knn=0.5)
+    before = study.Study(file, tmp_path)
+    before._claim_folder(before.rows['cae'], 0)
+    rows['cae']['tasks'] = {'fine-tuning': dict(config='c.py', metric='accuracy/top1')}
+    after = study.Study(write_table(tmp_path, rows), tmp_path)
+    assert after.find_missing() == (after.rows['cae'], 0)
+    after._claim_folder(after.rows['cae'], 0)  # not another training
+    add_result(study, file, 'cae', 0, knn=0.6)
+    rows['dvae']['judge'] = ['knn']  # nothing to those that need it
+    last = study.Study(write_table(tmp_path, rows), tmp_path)
+    assert last.results['cae', 0]['accuracy'] == dict(knn=0.6)  # the line written last
+    assert last.find_missing() == (last.rows['dvae'], 0)
+
+
 def test_braces_are_the_checkpoint_of_a_row(study, tmp_path):
     rows = dict(tokens=dict(seeds=[0, 1]), a=dict(seeds=[0, 1, 2], options={'k': '{tokens}'}))
     read = study.Study(write_table(tmp_path, rows), tmp_path / 'runs')
