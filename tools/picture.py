@@ -37,6 +37,7 @@ from cae_mm.evaluation.features import (
     labelled_images,
     subset_rows,
 )
+from cae_mm.evaluation.knn import check_neighbors
 from cae_mm.models import CAEViT
 from cae_mm.patches import Grid
 from cae_mm.visualization.attention import (
@@ -167,10 +168,20 @@ def list_sources(args: argparse.Namespace) -> list[Source]:
         if len(config) > 1:
             raise ValueError(f'--against takes [CONFIG] CHECKPOINT, not {" ".join(args.against)}')
         files.append((load_config(config[0]) if config else cfg, checkpoint))
+    return [Source(name, *file) for name, file in zip(name_models(files), files, strict=True)]
+
+
+def name_models(files: Sequence[tuple[Config, str]]) -> list[str]:
+    """Stems of checkpoints; of two that are the same the first part, from the end, that differs."""
     names = [Path(checkpoint).stem for _, checkpoint in files]
-    if len(set(names)) < len(names):  # epoch_300.pth of two runs
-        names = [Path(checkpoint).absolute().parent.name for _, checkpoint in files]
-    return [Source(name, *file) for name, file in zip(names, files, strict=True)]
+    if len(set(names)) == len(names):
+        return names
+    for places in zip(*((checkpoint, cfg.filename) for cfg, checkpoint in files), strict=True):
+        paths = [reversed(Path(place).absolute().parts) for place in places]
+        for parts in zip(*paths, strict=False):  # epoch_300.pth of two runs: their folders
+            if len(set(parts)) > 1:
+                return [*parts]
+    return [f'{name} {i}' for i, name in enumerate(names, start=1)]
 
 
 def draw_reconstruction(args: argparse.Namespace) -> None:
@@ -209,7 +220,7 @@ def draw_attention(args: argparse.Namespace) -> None:
     save_sheet(
         take_turns(rows),
         args.out,
-        titles=attention_titles(len(rows[0][0]) - 2),
+        titles=attention_titles(max(maps.shape[1] for _, maps, _ in seen) - 1),
         labels=take_turns([[source.name] * len(files) for source in args.sources]),
         note=note,
     )
@@ -302,6 +313,7 @@ def draw_neighbors(args: argparse.Namespace) -> None:
         size = read_size(source.cfg)
         train, val = (labelled_images(folder, size) for folder in (args.train, args.val))
         check_same_classes(train, val)
+        check_neighbors([args.k], len(train))
         encoder = load(source, args)
         asked, pictures = subset_rows(val, args.count, args.seed), []
         features = [

@@ -33,16 +33,17 @@ def draw_sheet(
     """Draw rows of pictures, RGB (3, H, W) in [0, 1] of one shape.
 
     Args:
-        rows: Of the same length.
+        rows: Those that are shorter than others end in white.
         titles: One above each column.
         labels: One on the left of each row.
         note: A line below the pictures.
         side: Height of a picture on the sheet in pixels.
     """
     cells = [[_fit(picture, side) for picture in row] for row in rows]
+    columns = max(map(len, cells))
     height, width, _ = cells[0][0].shape
     top, left, bottom = (MARGIN if text else GAP for text in (titles, labels, note))
-    size = (top + len(rows) * (height + GAP) + bottom, left + len(cells[0]) * (width + GAP) + GAP)
+    size = (top + len(rows) * (height + GAP) + bottom, left + columns * (width + GAP) + GAP)
     canvas = np.ones((*size, 3))
     figure = Figure(figsize=(size[1] / DPI, size[0] / DPI), dpi=DPI)
 

@@ -1,12 +1,13 @@
 """tools/picture.py as a user runs it; the pictures' numbers are tested in test_visualization."""
 
+import runpy
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from builders import GRID, WIDTH, build_cae, cae_config, make_images, randomize, run_tool
+from builders import GRID, ROOT, WIDTH, build_cae, cae_config, make_images, randomize, run_tool
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
@@ -121,6 +122,12 @@ def test_neighbors(work, capsys):
     assert '% of the neighbours are of the right class' in printed
 
 
+def test_more_neighbors_than_images(work):
+    """The encoder is not even looked for."""
+    with pytest.raises(ValueError, match='k = 17 .* there are 16 training images: k must be from'):
+        draw('neighbours', '--train', 'train', '--val', 'val', '--k', 17, checkpoint='none.pth')
+
+
 def test_right_and_wrong_neighbors(work, capsys):
     """All nine images are neighbours, eight of them dark; three dark ones ask and a bright one."""
     for folder in ('train', 'val'):
@@ -159,6 +166,39 @@ def test_a_map_by_umap_has_the_seed(work, monkeypatch):
     make_images(work / 'more', CLASSES, 20)
     draw('map', 'more', '--count', 36, '--method', 'umap', '--seed', 5)
     assert seen == [5, 5]  # drawn twice
+
+
+def test_models_of_other_numbers_of_heads(work):
+    """Each row has what its model has: mean and heads; what is right of it is white."""
+    arch = dict(embed_dims=WIDTH, depth=2, num_heads=4, layer_scale=0.1)
+    model = cae_config(backbone=dict(arch=arch))
+    cfg = Config(dict(model=model, train_dataloader=dict(dataset=dict(pipeline=PIPELINE))))
+    cfg.dump('other.py')
+    options = ['val/dark/0.png', '--against', 'other.py', 'random']
+    sheet = draw('attention', *options)
+    assert sheet.shape == sheet_shape(rows=2, columns=6)
+    places = [slice(24 + 164 * i, 24 + 164 * i + 160) for i in range(6)]
+    white = [[(sheet[row, column] == 255).all() for column in places] for row in places[:2]]
+    assert white == [[False] * 4 + [True] * 2, [False] * 6]
+    titles = [(sheet[:24, column] < 128).any() for column in places]
+    assert titles == [False] + [True] * 5
+    other_way_round = draw('attention', *options[:2], 'config.py', 'epoch_3.pth', config='other.py')
+    assert other_way_round.shape == sheet.shape
+
+
+@pytest.mark.parametrize(
+    ('one', 'other', 'names'),
+    [
+        ('a/run/epoch_3.pth', 'b/run/epoch_3.pth', ['a', 'b']),
+        ('a/epoch_3.pth', 'a/epoch_3.safetensors', ['epoch_3.pth', 'epoch_3.safetensors']),
+        ('a.py random', 'b.py random', ['a.py', 'b.py']),
+        ('a.py random', 'a.py random', ['random 1', 'random 2']),
+    ],
+)
+def test_names_tell_models_apart(one, other, names):
+    name_models = runpy.run_path(str(ROOT / 'tools/picture.py'))['name_models']
+    files = [(['config.py'] + text.split())[-2:] for text in (one, other)]
+    assert name_models([(SimpleNamespace(filename=cfg), file) for cfg, file in files]) == names
 
 
 def test_two_runs_with_files_of_one_name(work, capsys):

@@ -16,6 +16,15 @@ def test_rows_and_columns(tmp_path):
     np.testing.assert_array_equal(image, want)
 
 
+def test_short_rows_end_in_white(tmp_path):
+    dark = torch.zeros(3, 8, 8)
+    save_sheet([[dark], [dark, dark]], tmp_path / 'a.png', side=16)
+    with Image.open(tmp_path / 'a.png') as picture:
+        image = np.asarray(picture.convert('L'))
+    assert image.shape == (4 + 2 * 20 + 4, 4 + 2 * 20 + 4)
+    assert (image[4:20, 24:40] == 255).all() and (image[24:40, 24:40] == 0).all()
+
+
 def test_text_has_its_own_room(tmp_path):
     gray = torch.full((3, 8, 8), 0.5)
     options = dict(titles=['title'], labels=['label'], note='note', side=60)
