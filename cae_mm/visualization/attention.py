@@ -118,6 +118,10 @@ def regressor_attention(
     Returns:
         Shape (B, heads, N), the sum over N is 1. Keys of masked patches are their estimates so far.
     """
+    if not model.neck.regressor:
+        raise ValueError(
+            'the model has no regressor: model.neck.regressor_depth of its config is 0'
+        )
     ids_v, ids_m = split_mask(masks)
     asked = (ids_m == patches[:, None]).int()  # [B, M]
     if not asked.any(1).all():

@@ -12,6 +12,7 @@ from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
 from torch import Tensor
 
 from cae_mm.checkpoints import load_pretrained
+from cae_mm.engine.settings import find_datasets
 from cae_mm.evaluation.encoder import RANDOM, quiet_init
 from cae_mm.models import CAE
 from cae_mm.patches import to_pair
@@ -51,7 +52,7 @@ def load_views(
     """Read images as a pretraining does, but the largest central crops, none mirrored.
 
     Args:
-        cfg: Of the pretraining.
+        cfg: Of the pretraining; of several datasets the first one's pipeline.
         images: Files.
         seed: Of the masks.
         mask_ratio: In place of that of the config.
@@ -60,7 +61,8 @@ def load_views(
         Views, uint8 BGR with shapes (B, 3, H, W) and (B, 3, h, w), as far as the config makes
         them, and masks, bool (B, N).
     """
-    steps: dict[str, Any] = {s['type']: dict(s) for s in cfg.train_dataloader.dataset.pipeline}
+    *_, dataset = find_datasets(dict(train_dataloader=cfg.train_dataloader))
+    steps: dict[str, Any] = {s['type']: dict(s) for s in dataset.get('pipeline') or ()}
     for name in STEPS:
         if name not in steps:
             raise ValueError(f'the pipeline of the config has no {name}')

@@ -77,7 +77,8 @@ def find_painter(model: CAE, decoder: str | Path = DALLE_DECODER) -> Any:
     if not isinstance(generator, RGBTarget):
         raise ValueError(
             f'what a {type(generator).__name__} makes of an image cannot be painted: '
-            'reconstruction needs pixels or tokens; the other pictures need no targets'
+            'reconstruction needs pixels or tokens; the other pictures need no targets '
+            "(sheets=['attention'] of PictureHook)"
         )
     return None
 

@@ -174,6 +174,9 @@ def test_regressor_errors(cae):
         regressor_attention(cae, images, masks, visible)
     with pytest.raises(ValueError, match='no block 2 among 2'):
         regressor_attention(cae, images, masks, masks.int().argmax(1), layer=2)
+    without = build_cae(neck=dict(regressor_depth=0))
+    with pytest.raises(ValueError, match='no regressor: model.neck.regressor_depth .* is 0'):
+        regressor_attention(without, images, masks, masks.int().argmax(1))
 
 
 def test_nearest_masked():

@@ -101,7 +101,7 @@ def test_no_regressor_decodes_the_encoders_latents_of_the_masked_patches(views, 
 def test_targets_that_cannot_be_painted_are_named():
     target = dict(type='cae_mm.HOGTarget')
     model = build_cae(neck=dict(out_dims=108), target_generator=target)
-    with pytest.raises(ValueError, match='what a HOGTarget makes .* needs pixels or tokens'):
+    with pytest.raises(ValueError, match=r"HOGTarget makes .* \(sheets=\['attention'\] of Pict"):
         find_painter(model)
 
 
@@ -143,6 +143,19 @@ def test_views_are_central_and_never_mirrored(work):
         assert [tuple(view.shape) for view in views] == [(1, 3, 16, 16), (1, 3, 32, 32)]
         assert (views[0][0, 2, :, :7] == 255).all() and (views[0][0, 0, :, 9:] == 255).all()
         assert masks.sum() == 8
+
+
+def test_wrapped_datasets_have_the_same_views(work):
+    cfg = Config.fromfile(work / 'config.py')
+    bare = load_views(cfg, [work / 'image.png'], 0)
+    dataset, other = cfg.train_dataloader.dataset, dict(pipeline=[dict(type='of_another')])
+    wrapped = dict(type='ConcatDataset', datasets=[dataset, other])
+    cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=2, dataset=wrapped)
+    views, masks = load_views(cfg, [work / 'image.png'], 0)
+    assert all(map(torch.equal, [*views, masks], [*bare[0], bare[1]]))
+    cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=2, dataset=other)
+    with pytest.raises(ValueError, match='pipeline of the config has no cae_mm.LoadImage'):
+        load_views(cfg, [work / 'image.png'], 0)
 
 
 def test_mask_ratios_of_one_image(work):
