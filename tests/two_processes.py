@@ -3,6 +3,8 @@
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,7 +15,7 @@ from mmengine.config import Config
 from mmengine.dist import is_distributed
 from mmengine.hooks import Hook
 from mmengine.model import BaseDataPreprocessor
-from mmengine.registry import DATASETS, HOOKS, MODELS
+from mmengine.registry import DATASETS, HOOKS, MODELS, DefaultScope
 from mmengine.structures import PixelData
 from mmpretrain.structures import DataSample
 from torch.distributed import GradBucket
@@ -245,6 +247,23 @@ def train_all(
         results['faulty', mode] = report(train_faulty(folder / f'faulty-{mode}', 2, **options))
     results['more'] = more(folder)
     return results
+
+
+def count_calls(runs: dict[str, Config], module: str, names: Sequence[str]) -> dict[str, list[int]]:
+    """Train as one of two processes; return how often each run called functions of a module."""
+    counts, place = {}, import_module(module)
+    for run, cfg in runs.items():
+        cfg.merge_from_dict(dict(launcher='pytorch', env_cfg=dict(dist_cfg=dict(backend='gloo'))))
+        with ExitStack() as stack:
+            stack.enter_context(DefaultScope.overwrite_default_scope(cfg.default_scope))
+            stack.enter_context(patch.object(Config, 'pretty_text', property(repr)))
+            spies = [
+                stack.enter_context(patch.object(place, name, wraps=getattr(place, name)))
+                for name in names
+            ]
+            CAERunner.from_cfg(cfg).train()
+        counts[run] = [spy.call_count for spy in spies]
+    return counts
 
 
 def report(runner: CAERunner) -> dict[str, Any]:

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from mmengine.visualization import MLflowVisBackend
 
-from cae_mm.engine.sharding import gathered_weights
+from cae_mm.engine.sharding import gathered_weights, is_sharded
 from cae_mm.hooks.checkpoint import unwrap
 from cae_mm.models import CAE
 from cae_mm.registry import HOOKS
@@ -61,9 +60,9 @@ class PictureHook(Hook):
         decoder: str = DALLE_DECODER,
         seed: int = 0,
     ) -> None:
-        known: dict[str, Callable[[CAE], Figure]] = {
-            'reconstruction': self._draw_reconstruction,
-            'attention': self._draw_attention,
+        known: dict[str, Callable[[CAE], dict[str, Any]]] = {
+            'reconstruction': self._paint_reconstruction,
+            'attention': self._paint_attention,
         }
         for name in sheets:
             if name not in known:
@@ -89,18 +88,20 @@ class PictureHook(Hook):
             self.painter.to(next(model.parameters()).device).eval()
 
     def after_train_epoch(self, runner: Runner) -> None:
-        """Paint; all processes compute, since a sharded model needs them, the main one draws."""
+        """Paint in the main process; the others help to compute where the model is sharded."""
         if not (self.every_n_epochs(runner, self.interval) or self.is_last_train_epoch(runner)):
             return
         model: Any = unwrap(runner.model)
+        if not (is_main_process() or is_sharded(model)):
+            return
         was_training = model.training
         model.eval()
         with gathered_weights(model), untouched_generators():
-            figures = {name: draw(model) for name, draw in self.sheets.items()}
+            sheets = {name: paint(model) for name, paint in self.sheets.items()}
         model.train(was_training)
         if is_main_process():
-            for name, figure in figures.items():
-                self._show(runner, name, to_pixels(figure))
+            for name, sheet in sheets.items():
+                self._show(runner, name, to_pixels(draw_sheet(**sheet)))
 
     def _show(self, runner: Runner, name: str, pixels: np.ndarray) -> None:
         epoch = runner.epoch + 1
@@ -109,17 +110,18 @@ class PictureHook(Hook):
             is_file = isinstance(backend, MLflowVisBackend)
             backend.add_image(f'{name}_{epoch}.png' if is_file else name, pixels, step=epoch)
 
-    def _draw_reconstruction(self, model: CAE) -> Figure:
+    def _paint_reconstruction(self, model: CAE) -> dict[str, Any]:
+        """What ``draw_sheet`` takes: a row for each image, as ``paint_reconstruction`` has them."""
         pictures = paint_reconstruction(model, self.views, self.masks, self.painter)
-        return draw_sheet([*zip(*pictures.values(), strict=True)], titles=[*pictures])
+        return dict(rows=[*zip(*pictures.values(), strict=True)], titles=[*pictures])
 
-    def _draw_attention(self, model: CAE) -> Figure:
+    def _paint_attention(self, model: CAE) -> dict[str, Any]:
         """A row for each image: itself, the mean over heads, each head."""
         images = model.data_preprocessor({'inputs': self.views})['inputs'][0]
         maps = with_mean(class_attention(model.backbone, images)).cpu()  # [B, 1 + heads, N]
         top, note = attention_scale([maps])
         rows = paint_attention(to_picture(self.views[0]), maps, model.backbone.grid, top)
-        return draw_sheet(rows, titles=attention_titles(maps.shape[1] - 1), note=note)
+        return dict(rows=rows, titles=attention_titles(maps.shape[1] - 1), note=note)
 
 
 @contextmanager

@@ -15,9 +15,11 @@ from mmengine.runner import Runner
 from mmengine.visualization import MLflowVisBackend
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from two_processes import count_calls, in_two_processes
 
+from cae_mm.engine import sharding
 from cae_mm.engine.settings import apply_settings
-from cae_mm.hooks import PictureHook
+from cae_mm.hooks import PictureHook, pictures
 from cae_mm.visualization.attention import class_attention
 from cae_mm.visualization.images import find_images
 from cae_mm.visualization.pretraining import build_cae, load_views, load_weights
@@ -25,6 +27,7 @@ from cae_mm.visualization.reconstruction import paint_reconstruction
 from cae_mm.visualization.sheet import save_sheet
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # of the Runner
+NAMES = ['attention_3.png', 'reconstruction_3.png']
 RGB = dict(target_generator=dict(type='cae_mm.RGBTarget'), neck=dict(out_dims=48))
 
 
@@ -33,31 +36,35 @@ def images(tmp_path_factory):
     return str(make_images(tmp_path_factory.mktemp('images') / 'all', dict(dark=150, light=250), 5))
 
 
+def make_config(images, work_dir, hook=None, watch=(), **model):
+    config = cae_config(**{**RGB, **model})
+    config['backbone']['drop_path_rate'] = 0.3
+    hooks = [] if hook is None else [dict(type='cae_mm.PictureHook', images=[images]) | hook]
+    cfg = dict(
+        model=config,
+        work_dir=str(work_dir),
+        default_scope='mmpretrain',
+        train_dataloader=loader_config(Path(images), batch_size=4),
+        train_cfg=dict(by_epoch=True, max_epochs=3),
+        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-2)),
+        default_hooks=dict(logger=dict(type='LoggerHook', interval=1)),
+        custom_hooks=hooks,
+        randomness=dict(seed=0),
+        visualizer=dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]),
+        log_level='ERROR',
+        experiment_name=f'{work_dir.name}{work_dir.parent.name}',
+    )
+    apply_settings(cfg, watch=watch)
+    return Config(cfg)
+
+
 @pytest.fixture
 def make_runner(images, tmp_path):
     """Makes Runners of mmengine itself, whose steps draw from the global generators."""
 
-    def make(name, hook=None, watch=(), **model):
-        config = cae_config(**{**RGB, **model})
-        config['backbone']['drop_path_rate'] = 0.3
-        hooks = [] if hook is None else [dict(type='cae_mm.PictureHook', images=[images]) | hook]
-        cfg = dict(
-            model=config,
-            work_dir=str(tmp_path / name),
-            default_scope='mmpretrain',
-            train_dataloader=loader_config(Path(images), batch_size=4),
-            train_cfg=dict(by_epoch=True, max_epochs=3),
-            optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-2)),
-            default_hooks=dict(logger=dict(type='LoggerHook', interval=1)),
-            custom_hooks=hooks,
-            randomness=dict(seed=0),
-            visualizer=dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]),
-            log_level='ERROR',
-            experiment_name=f'{name}{tmp_path.name}',
-        )
-        apply_settings(cfg, watch=watch)
+    def make(name, hook=None, **options):
         with DefaultScope.overwrite_default_scope('mmpretrain'):
-            return Runner.from_cfg(Config(cfg))
+            return Runner.from_cfg(make_config(images, tmp_path / name, hook, **options))
 
     return make
 
@@ -106,6 +113,27 @@ def test_sheets_show_the_model_of_their_epoch(make_runner, images, tmp_path):
     height, width = sheet.shape[:2]
     assert (width - 4) // 164 == 2 + weights.shape[1]  # image, mean, heads
     assert (height - 48) // 164 == 3
+
+
+def test_the_main_process_paints(images, tmp_path):
+    """The other one computes with it where the model is sharded, and nothing else."""
+    modes = ['ddp', 'fsdp'] if sharding.fully_shard else ['ddp']
+    runs = {mode: make_config(images, tmp_path / mode, dict(interval=5)) for mode in modes}
+    for mode, cfg in runs.items():
+        cfg.optim_wrapper = dict(
+            type='cae_mm.MixedPrecisionOptimWrapper',
+            dtype='float32',
+            optimizer=dict(type='AdamW', lr=0.0),  # for the same sheets, whoever trains
+        )
+        cfg.settings = dict(fsdp=mode == 'fsdp')
+    names = ('paint_reconstruction', 'class_attention', 'draw_sheet')
+    main, other = in_two_processes(count_calls, runs, pictures.__name__, names)
+    assert main == {mode: [1, 1, 2] for mode in modes}
+    assert other == {mode: [int(mode == 'fsdp')] * 2 + [0] for mode in modes}
+    sheets = [sorted((tmp_path / mode).glob('*/vis_data/vis_image/*.png')) for mode in modes]
+    assert all([path.name for path in paths] == NAMES for paths in sheets)
+    for paths in zip(*sheets, strict=True):  # sharding changes no pixel
+        assert len({path.read_bytes() for path in paths}) == 1
 
 
 class Backend:
