@@ -11,9 +11,10 @@ from typing import Any
 
 from PIL import Image
 
+from cae_mm.checkpoints.config_text import read_values
 from cae_mm.hooks.collapse import SIGNS
 from cae_mm.report.charts import Point
-from cae_mm.report.values import flatten, read_values
+from cae_mm.report.values import flatten
 
 NO_CURVES = {'step', 'iter', 'epoch', 'base_lr', 'time', 'eta'}
 LINE = re.compile(r'(\d{4}/\d\d/\d\d \d\d:\d\d:\d\d) - \S+ - ([A-Z]+) - ?(.*)')
@@ -58,9 +59,9 @@ class Run:
         for path in [*candidates, *sorted(self.folder.glob('*.py'))]:
             if path.is_file():
                 try:
-                    return flatten(read_values(path))
+                    return flatten(read_values(path.read_bytes()))
                 except (ValueError, OSError) as error:
-                    self.problems.append(str(error))
+                    self.problems.append(f'{path} cannot be read: {error}')
         return {}
 
     @cached_property

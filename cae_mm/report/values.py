@@ -1,43 +1,7 @@
-"""Configs that a run has written, read without running them, and how two of them differ."""
+"""Values of configs by dotted key, and how those of two configs differ."""
 
-import ast
 from collections import Counter
-from pathlib import Path
 from typing import Any
-
-
-def read_values(path: Path) -> dict[str, Any]:
-    """Read the values of a config that ``Config.dump`` has written; nothing is executed.
-
-    What is more than a plain value stays the text that it is.
-
-    Raises:
-        ValueError: If the file is no Python.
-    """
-    try:
-        tree = ast.parse(path.read_text(encoding='utf-8'))
-        return {
-            node.targets[0].id: _value(node.value)
-            for node in tree.body
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-        }
-    except (SyntaxError, ValueError, RecursionError) as error:
-        raise ValueError(f'{path} is no config that a run has written: {error}') from error
-
-
-def _value(node: ast.expr) -> Any:
-    match node:
-        case ast.Call(func=ast.Name(id='dict'), args=[], keywords=keywords):
-            return {str(keyword.arg): _value(keyword.value) for keyword in keywords}
-        case ast.Dict(keys=keys, values=values):
-            pairs = zip(keys, values, strict=True)
-            return {str(_value(key)): _value(value) for key, value in pairs if key is not None}
-        case ast.List(elts=items) | ast.Tuple(elts=items):
-            return [_value(item) for item in items]
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError):
-        return ast.unparse(node)
 
 
 def flatten(values: Any, prefix: str = '') -> dict[str, Any]:
