@@ -5,14 +5,18 @@ file tells is said to be unknown, never guessed.
 """
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
 from cae_mm.checkpoints import Checkpoint, EncoderDescription
+from cae_mm.checkpoints.config_text import read_values
+from cae_mm.engine.settings import find_datasets
 from cae_mm.version import __version__
 
 PAPER = 'https://arxiv.org/abs/2202.03026'
 UNKNOWN = 'not known: the file does not tell'
+DATA = ('type', 'data_root', 'data_prefix', 'ann_file')  # of a dataset in a config
 CARD = """---
 library_name: {library}
 pipeline_tag: image-feature-extraction
@@ -40,8 +44,8 @@ In the folder that holds `{name}`:
 ## Before you pass it on
 
 Say what it was trained on, what it is for and under which licence: this card was made by a program
-that knows the weights only. cae-mm's own licence, Apache-2.0, is that of the software. If DALL-E's
-tokens were the targets, OpenAI asks that it be said.
+that knows no more than the file it read. cae-mm's own licence, Apache-2.0, is that of the software.
+If DALL-E's tokens were the targets, OpenAI asks that it be said.
 """
 
 
@@ -100,6 +104,25 @@ def _describe(d: EncoderDescription, takes_pixels: bool) -> dict[str, str]:
     }
 
 
+def _tell_config(text: Any) -> tuple[str, str]:
+    """Tell the data and the epochs of a run by the text of its config, '' where it says nothing."""
+    try:
+        config = read_values(text)
+        datasets = [*find_datasets(dict(train_dataloader=config['train_dataloader']))]
+        found = [[dataset.get(key) for key in DATA] for dataset in datasets]
+        epochs = config['train_cfg'].get('max_epochs')
+    except (AttributeError, KeyError, TypeError, ValueError):  # whoever wrote it
+        return '', ''
+    data = [', '.join(map(_quote, filter(None, values))) for values in found]
+    return '; '.join(data), f'{epochs} epochs planned' if isinstance(epochs, int) else ''
+
+
+def _quote(value: Any) -> str:
+    """Quote what a file says, so that it stays text in a cell of a table."""
+    text = re.sub(r'[`|\s]+', ' ', str(value))
+    return f'`{text}`'
+
+
 def _tell_origin(source: Checkpoint | None) -> dict[str, str]:
     """Tell what the file says of the run that made it."""
     if source is None:
@@ -112,13 +135,15 @@ def _tell_origin(source: Checkpoint | None) -> dict[str, str]:
     known = [
         f'{key} {meta[key]}' for key in ('experiment_name', 'epoch', 'iter', 'seed') if key in meta
     ]
+    data, epochs = _tell_config(meta.get('cfg'))
+    known += [epochs] if epochs else []
     hub = source.content.get('message_hub') or {}
     score = hub.get('runtime_info', {}).get('best_score')
     converted = source.metadata.get('source')
     return {
         'weights': f'`{source.path.name}`, SHA-256 `{digest.hexdigest()}`',
         'trained': ', '.join(known) or (f'converted from {converted}' if converted else UNKNOWN),
-        'data': UNKNOWN,
+        'data': data or UNKNOWN,
         'metrics': f'best score {score:.4g}' if isinstance(score, (int, float)) else UNKNOWN,
     }
 

@@ -13,10 +13,11 @@ import yaml
 from mmengine.registry import MODELS
 
 import cae_mm.conversion.export as export_module
-from cae_mm.checkpoints import read_checkpoint
+from cae_mm.checkpoints import Checkpoint, read_checkpoint
 from cae_mm.checkpoints.files import write_safetensors
 from cae_mm.checkpoints.pretrained import strip_prefix
 from cae_mm.conversion import convert_checkpoint, export_checkpoint
+from cae_mm.conversion.card import UNKNOWN, write_card
 from cae_mm.conversion.convert import Conversion
 from cae_mm.conversion.targets import TARGETS
 from cae_mm.models import CAEViT
@@ -81,10 +82,13 @@ def run_card(path):
     """Rows of a card's table, and the features that its code computes."""
     _, header, text = path.read_text().split('---\n', 2)
     assert yaml.safe_load(header)['pipeline_tag'] == 'image-feature-extraction'
-    rows = dict(re.findall(r'^\| (\w.*?) \| (.*) \|$', text, re.MULTILINE))
     values = {}
     exec(re.search(r'```python\n(.*)```', text, re.DOTALL)[1], values)
-    return rows, values['features']
+    return read_rows(text), values['features']
+
+
+def read_rows(text):
+    return dict(re.findall(r'^\| (\w.*?) \| (.*) \|$', text, re.MULTILINE))
 
 
 LOADERS = dict(mmpretrain=load_mmpretrain, timm=load_timm, huggingface=load_huggingface)
@@ -154,6 +158,34 @@ def test_a_card_tells_what_the_run_wrote(tmp_path, monkeypatch):
     assert 'minus (1.0, 2.0, 3.0), divided by (4.0, 5.0, 6.0)' in rows['images']
     text = result.card.read_text()
     assert 'images - torch.tensor([1.0, 2.0, 3.0]).view(-1, 1, 1)) / torch.tensor([4.0' in text
+
+
+DATASET = "type='a.B', data_root='/my/images', data_prefix='train', pipeline=[]"
+KNOWN = '`a.B`, `/my/images`, `train`', 'epoch 3, 300 epochs planned'
+NOT_KNOWN = UNKNOWN, 'epoch 3'
+
+
+@pytest.mark.parametrize(
+    ('loader', 'told'),
+    [
+        (f'dict(dataset=dict({DATASET}))', KNOWN),
+        (f"dict(dataset=dict(type='Repeat', dataset=dict({DATASET})))", KNOWN),
+        ("dict(dataset=dict(type='a | `b\\n', data_root=''))", ('`a b `', KNOWN[1])),
+        ("open('executed', 'w')", NOT_KNOWN),
+        ('(', NOT_KNOWN),
+        ('-' * 200_000 + '1', NOT_KNOWN),
+    ],
+)
+def test_a_card_names_the_data_of_the_config(tmp_path, monkeypatch, loader, told):
+    monkeypatch.chdir(tmp_path)
+    meta = dict(epoch=3, cfg=f'train_dataloader = {loader}\ntrain_cfg = dict(max_epochs=300)\n')
+    source = Checkpoint(tmp_path / 'own.pth', dict(state_dict={}, meta=meta))
+    source.path.touch()
+    options = dict(library='none', code='', checked='not', language='text')
+    text = write_card(tmp_path / 'out.pth', build().describe(), source, **options).read_text()
+    rows = read_rows(text)
+    assert (rows['data'], rows['trained']) == told
+    assert not (tmp_path / 'executed').exists()
 
 
 def test_official_encoder_alone(tmp_path):
