@@ -32,7 +32,7 @@ def test_the_notebook_runs(tmp_path, capsys):
     random, pretrained = (values['columns'][name][0] for name in ('random', 'pretrained'))
     assert not np.array_equal(random, pretrained)
     features, exported = values['features'], values['exported']
-    assert features.shape == (6, 192) and features.dtype == np.float32
+    assert features.shape == (6, 128) and features.dtype == np.float32
     # the encoder computes in bfloat16 where that is fast
     np.testing.assert_allclose(exported, features, rtol=0, atol=0.03 * abs(features).max())
     printed = capsys.readouterr().out
