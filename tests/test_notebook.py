@@ -27,7 +27,7 @@ def test_the_notebook_runs(tmp_path, capsys):
     plt.close('all')
 
     assert values['checkpoint'] == tmp_path / 'run' / 'epoch_2.pth'
-    assert [line['step'] for line in values['lines']] == [1, 2]
+    assert [line['step'] for line in values['lines']] == [2, 4]
     assert {path.name for path in tmp_path.glob('*.png')} == SHEETS
     random, pretrained = (values['columns'][name][0] for name in ('random', 'pretrained'))
     assert not np.array_equal(random, pretrained)
