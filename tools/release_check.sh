@@ -9,7 +9,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 venv=build/release
-export PIP_CONSTRAINT=$PWD/constraints/onedl.txt PIP_DISABLE_PIP_VERSION_CHECK=1
+export PIP_CONSTRAINT=$PWD/constraints/onedl.txt PIP_BUILD_CONSTRAINT=$PWD/constraints/onedl.txt
+export PIP_DISABLE_PIP_VERSION_CHECK=1
 rm -rf "$venv" dist
 "$1" -m venv "$venv"
 python=$PWD/$venv/bin/python
@@ -30,7 +31,6 @@ if [[ ${DEPENDENCIES:-pypi} == borrowed ]]; then
   "$python" -m pip install --quiet --no-deps "$wheel"
 else
   "$python" -m pip install --quiet torch torchvision
-  "$python" -m pip install --quiet --no-deps --no-build-isolation onedl-mmcv
   "$python" -m pip install --quiet "$wheel[pretrain]"
 fi
 cd "$venv"  # from here the checkout cannot be seen
