@@ -17,12 +17,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import mmengine
-import numpy as np
 from harness import console, describe_machine
 from matplotlib import pyplot as plt
 from rich.table import Table
@@ -477,14 +477,15 @@ def draw(study: Study, path: Path) -> None:
     names = columns_of(groups)
     size = (4.2 * len(names), 4.5)
     figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, layout='constrained')
-    colours = plt.colormaps['tab20'](np.arange(len(groups)) % 20)
+    looks = list(product('os^Dv', plt.colormaps['tab10'].colors))  # 50 rows can be told apart
     for axis, name in zip(axes[0], names, strict=True):
-        for colour, (row, results) in zip(colours, groups.items(), strict=True):
+        for i, (row, results) in enumerate(groups.items()):
+            marker, colour = looks[i % len(looks)]
             values = [100 * r['accuracy'][name] for r in results if name in r['accuracy']]
             price = fmean(study.price(row, r['seed']) for r in results)
             if values and price:
                 error = stdev(values) if len(values) > 1 else 0
-                style: dict[str, Any] = dict(fmt='o', color=colour, capsize=3)
+                style: dict[str, Any] = dict(fmt=marker, color=colour, capsize=3)
                 axis.errorbar(price, fmean(values), error, label=row, **style)
             elif values:
                 axis.axhline(fmean(values), color=colour, linestyle='--', label=row)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from PIL import Image
@@ -163,7 +164,8 @@ def test_config_builds_at_full_size(path, tmp_path):
     if cfg.model.type == 'cae_mm.CAE':
         assert model.neck.mask_token.shape[-1] == cfg.model.neck.embed_dims
         linear = model.neck.projection
-        assert isinstance(linear, torch.nn.Identity)  # all recipes: decoder as wide as encoder
+        # all recipes but one: decoder as wide as encoder
+        assert isinstance(linear, torch.nn.Identity) == ('cae-rgb-lean' not in path.stem)
         assert cfg.model.neck.in_dims == model.backbone.embed_dims
 
 
@@ -184,7 +186,32 @@ def test_recipe_of_cae_v2():
     assert (preprocessor.means[1] == 0).all() and (preprocessor.stds[1] == 255).all()
 
 
-PAPER = [path for path in PRETRAIN if 'cae-v2' not in path.stem]
+def test_recipe_for_few_images_is_that_of_the_study():
+    [path] = (path for path in PRETRAIN if 'cae-rgb-lean' in path.stem)
+    cfg = Config.fromfile(path)
+    table = yaml.safe_load((ROOT / 'benchmarks/studies/imagenette64_choice.yml').read_text())
+    chosen = table['rows']['cae-narrow-all']['options']
+    target = dict(_delete_=True, **cfg.model.target_generator)
+    assert chosen.pop('model.target_generator') == target
+    assert chosen.pop('model.predicted_share') == 1 and 'predicted_share' not in cfg.model
+    sizes = ('model.neck.embed_dims', 'model.neck.out_dims')
+    values = {k: v for k, v in chosen.items() if not k.startswith('settings.') and k not in sizes}
+    for key, value in values.items():
+        place = cfg.to_dict()
+        for part in key.split('.'):
+            place = place[part]
+        assert place == (tuple(value) if isinstance(value, list) else value), key
+    assert cfg.model.neck.embed_dims * 2 == cfg.model.neck.in_dims == 384
+    assert chosen['model.neck.embed_dims'] * 2 == 128  # of the study's encoder
+    [mask] = (t for t in cfg.train_dataloader.dataset.pipeline if 'Mask' in t.type)
+    assert mask.mask_ratio == chosen['settings.mask_ratio'] == 0.75
+    assert mask.strategy == chosen['settings.transforms.CAEMaskGenerator.strategy'] == 'random'
+    rates = cfg.optim_wrapper.optimizer.lr, cfg.param_scheduler[0].start_factor
+    assert rates == (1e-3, 1e-3)
+
+
+OTHERS = ('cae-v2', 'cae-rgb-lean')
+PAPER = [path for path in PRETRAIN if not path.stem.startswith(OTHERS)]
 
 
 @pytest.mark.parametrize('path', PAPER, ids=lambda path: path.stem)
