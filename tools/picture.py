@@ -92,14 +92,14 @@ def parse_args() -> argparse.Namespace:
             metavar='[CONFIG] CHECKPOINT',
             help="a second model beside it; 'random' is one with the same config",
         )
-        kind.add_argument('--out', default=f'{name}.png', help='PNG to write')
+        kind.add_argument('--out', type=png, default=f'{name}.png', help='PNG to write')
         kind.add_argument('--seed', type=int, default=0, help='of masks, draws, random weights')
         kind.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
         return kind
 
     def add_images(kind: argparse.ArgumentParser) -> None:
         kind.add_argument('images', nargs='+', help='files, or folders')
-        kind.add_argument('--count', type=int, default=6, help='images drawn from a folder')
+        kind.add_argument('--count', type=positive, default=6, help='images drawn from a folder')
 
     kind = add('reconstruct', draw_reconstruction, 'image, masked input, targets and predictions')
     add_images(kind)
@@ -125,24 +125,38 @@ def parse_args() -> argparse.Namespace:
     kind = add('patches', draw_patches, 'the patches of other images most like a patch')
     kind.add_argument('image', help='file with the patch')
     kind.add_argument('--among', nargs='+', required=True, help='files or folders to look in')
-    kind.add_argument('--count', type=int, default=1000, help='images drawn from a folder')
-    kind.add_argument('--k', type=int, default=8, help='how many')
+    kind.add_argument('--count', type=positive, default=1000, help='images drawn from a folder')
+    kind.add_argument('--k', type=positive, default=8, help='how many')
     add_patch(kind, 'the patch')
     add_size(kind)
 
     kind = add('neighbours', draw_neighbors, 'images and their nearest neighbours')
     kind.add_argument('--train', required=True, help='folder with one sub-folder per class')
     kind.add_argument('--val', required=True, help='the same, the images to ask for are from it')
-    kind.add_argument('--count', type=int, default=6, help='images to ask for')
-    kind.add_argument('--k', type=int, default=8, help='how many neighbours')
+    kind.add_argument('--count', type=positive, default=6, help='images to ask for')
+    kind.add_argument('--k', type=positive, default=8, help='how many neighbours')
     kind.add_argument('--feature', choices=FEATURES, default='mean')
 
     kind = add('map', draw_map, 't-SNE or UMAP of images, coloured by class')
     kind.add_argument('folder', help='with one sub-folder per class')
-    kind.add_argument('--count', type=int, default=1000, help='images drawn from it')
+    kind.add_argument('--count', type=positive, default=1000, help='images drawn from it')
     kind.add_argument('--feature', choices=FEATURES, default='mean')
     kind.add_argument('--method', choices=NEIGHBORS, default='tsne')
     return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    """Read a number of at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f'must be at least 1, not {value}')
+    return value
+
+
+def png(text: str) -> str:
+    """Read the name of a picture."""
+    if not text.lower().endswith('.png'):
+        raise argparse.ArgumentTypeError(f'pictures are PNG files, {text} does not end with .png')
+    return text
 
 
 def add_patch(kind: argparse.ArgumentParser, text: str) -> None:
@@ -155,7 +169,7 @@ def add_patch(kind: argparse.ArgumentParser, text: str) -> None:
 def add_size(kind: argparse.ArgumentParser) -> None:
     """Add the size of images, where any will do."""
     kind.add_argument(
-        '--size', type=int, help="side in pixels; a multiple of the config's img_size is finer"
+        '--size', type=positive, help="side in pixels; a multiple of the config's img_size is finer"
     )
 
 
@@ -172,13 +186,17 @@ def list_sources(args: argparse.Namespace) -> list[Source]:
 
 
 def name_models(files: Sequence[tuple[Config, str]]) -> list[str]:
-    """Stems of checkpoints; of two that are the same the first part, from the end, that differs."""
+    """Stems of checkpoints; of two runs, the first part of their paths, from the end, that differs.
+
+    ``epoch_300`` says little beside the ``epoch_100`` of another folder.
+    """
     names = [Path(checkpoint).stem for _, checkpoint in files]
-    if len(set(names)) == len(names):
+    runs = [Path(checkpoint).absolute().parent for _, checkpoint in files]
+    if len(set(names)) == len(names) and ('random' in names or len(set(runs)) == 1):
         return names
-    for places in zip(*((checkpoint, cfg.filename) for cfg, checkpoint in files), strict=True):
-        paths = [reversed(Path(place).absolute().parts) for place in places]
-        for parts in zip(*paths, strict=False):  # epoch_300.pth of two runs: their folders
+    paths = [Path(checkpoint) for _, checkpoint in files]
+    for places in (runs, paths, [Path(cfg.filename).absolute() for cfg, _ in files]):
+        for parts in zip(*(reversed(place.parts) for place in places), strict=False):
             if len(set(parts)) > 1:
                 return [*parts]
     return [f'{name} {i}' for i, name in enumerate(names, start=1)]
@@ -216,7 +234,8 @@ def draw_attention(args: argparse.Namespace) -> None:
     rows = [paint_attention(firsts, maps, grid, top) for firsts, maps, grid in seen]
     for source, (_, maps, grid) in zip(args.sources, seen, strict=True):
         share = attended_share(maps[:, 0]).mean()
-        print(f'{source.name}: the mean over heads attends to {share:.0%} of {grid} patches')
+        h, w = grid
+        print(f'{source.name}: the mean over heads attends to {share:.0%} of {h}x{w} patches')
     save_sheet(
         take_turns(rows),
         args.out,
@@ -284,8 +303,12 @@ def draw_features(args: argparse.Namespace) -> None:
 
 def draw_patches(args: argparse.Namespace) -> None:
     """A row for each model: the patch, and the images with the patches most like it."""
+    if not Path(args.image).is_file():
+        raise FileNotFoundError(f'{args.image}: no such image')
     among = find_images(args.among, args.count, args.seed)
     files = [path for path in among if not path.samefile(args.image)]
+    if not files:
+        raise ValueError(f'--among has no image but {args.image} itself')
     rows = []
     for source in args.sources:
         size = find_size(source.cfg, args.size)

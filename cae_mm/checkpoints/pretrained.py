@@ -100,7 +100,7 @@ def find_file(checkpoint: str | Path, name: str, advice: str = '') -> Path:
         raise ValueError(f'{name} loads files only: download {checkpoint} first')
     path = Path(checkpoint).expanduser().absolute()
     if not path.is_file():
-        raise FileNotFoundError(f'no weights for {name} at {path}. {advice}')
+        raise FileNotFoundError(f'no weights for {name} at {path}. {advice}'.removesuffix('. '))
     return path
 
 

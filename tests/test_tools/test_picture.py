@@ -61,7 +61,7 @@ def test_attention(work, capsys, of):
     options = ['val', '--count', 2, '--of', of, '--layer', 0, '--against', 'random']
     assert draw('attention', *options).shape == sheet_shape(rows=4, columns=4)
     printed = capsys.readouterr().out
-    assert 'epoch_3: the mean over heads attends to' in printed and 'of (4, 4) patches' in printed
+    assert 'epoch_3: the mean over heads attends to' in printed and 'of 4x4 patches' in printed
     assert 'random: the mean' in printed
 
 
@@ -190,6 +190,9 @@ def test_models_of_other_numbers_of_heads(work):
     ('one', 'other', 'names'),
     [
         ('a/run/epoch_3.pth', 'b/run/epoch_3.pth', ['a', 'b']),
+        ('a/epoch_3.pth', 'b/epoch_9.pth', ['a', 'b']),
+        ('a/epoch_3.pth', 'a/epoch_9.pth', ['epoch_3', 'epoch_9']),
+        ('a/epoch_3.pth', 'random', ['epoch_3', 'random']),
         ('a/epoch_3.pth', 'a/epoch_3.safetensors', ['epoch_3.pth', 'epoch_3.safetensors']),
         ('a.py random', 'b.py random', ['a.py', 'b.py']),
         ('a.py random', 'a.py random', ['random 1', 'random 2']),
@@ -214,6 +217,30 @@ def test_two_runs_with_files_of_one_name(work, capsys):
 def test_only_reconstruction_needs_the_tokenizer(work):
     with pytest.raises(FileNotFoundError, match='no weights for DiscreteVAE at .*of_nobody.pth'):
         draw('reconstruct', 'val')
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (['features', '--count', 0], 'argument --count: must be at least 1, not 0'),
+        (['map', '--count', -3], 'argument --count: must be at least 1, not -3'),
+        (['attention', '--size', 0], 'argument --size: must be at least 1, not 0'),
+        (['patches', '--k', 0], 'argument --k: must be at least 1, not 0'),
+        (['features', '--out', 'x.jpg'], 'argument --out: pictures are PNG files, x.jpg does not'),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(options, message, capsys):
+    kind, *options = options
+    with pytest.raises(SystemExit):
+        run_tool('picture.py', kind, 'config.py', 'random', 'val', *options)
+    assert message in capsys.readouterr().err
+
+
+def test_the_patch_needs_its_image_and_others(work):
+    with pytest.raises(FileNotFoundError, match='missing.png: no such image'):
+        draw('patches', 'missing.png', '--among', 'val')
+    with pytest.raises(ValueError, match='--among has no image but val/dark/0.png itself'):
+        draw('patches', 'val/dark/0.png', '--among', 'val/dark/0.png')
 
 
 def test_against_takes_two_words(work):
