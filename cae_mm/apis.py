@@ -94,10 +94,15 @@ def init_inferencer(
 
 def _find_scope(cfg: Config) -> str:
     scope = cfg.get('default_scope')
-    if scope not in INFERENCERS or 'test_dataloader' not in cfg:
+    if scope not in INFERENCERS:
         raise ValueError(
-            f'{cfg.filename}: a model for inference needs a test_dataloader and a default_scope of '
-            f'{[*INFERENCERS]}, not {scope!r}'
+            f'{cfg.filename}: a model for inference needs a default_scope of {[*INFERENCERS]}, not '
+            f'{scope!r}'
+        )
+    if 'test_dataloader' not in cfg:
+        raise ValueError(
+            f'{cfg.filename} has no test_dataloader, as those of pretraining: a model for '
+            'inference needs the config of its task'
         )
     return scope
 

@@ -19,6 +19,7 @@ pytest.importorskip('mmseg.models', reason='mmsegmentation is not installed', ex
 import mmdet.apis  # noqa: E402
 import mmpretrain  # noqa: E402
 import mmseg.apis  # noqa: E402
+from mmengine.config import Config
 
 from cae_mm.apis import init_inferencer, init_model  # noqa: E402
 
@@ -123,10 +124,13 @@ def test_names_of_classes_come_from_the_config_where_the_file_has_none(case):
 
 
 def test_other_configs_are_refused(case):
-    with pytest.raises(ValueError, match=r"needs a test_dataloader and .* \['mmpretrain', 'mmseg'"):
-        init_model(
-            ROOT / 'configs/pretrain/cae_vit-base-p16_32xb64-amp-coslr-300e_in1k.py', case[2]
-        )
+    pretraining = ROOT / 'configs/pretrain/cae_vit-base-p16_32xb64-amp-coslr-300e_in1k.py'
+    with pytest.raises(ValueError, match='300e_in1k.py has no test_dataloader, as those of pretra'):
+        init_model(pretraining, case[2])
+    cfg = Config.fromfile(pretraining)
+    cfg.default_scope = 'mmocr'
+    with pytest.raises(ValueError, match=r"default_scope of \['mmpretrain', .*not 'mmocr'"):
+        init_model(cfg, case[2])
     with pytest.raises(FileNotFoundError, match='no weights for .* at .*none.pth'):
         init_model(case[1], 'none.pth')
 
