@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from builders import CLASSES, IMAGE, ROOT, save_trained, shrink_task
+from mmengine.config import Config
 from pickles import Call
 
 pytest.importorskip('mmcv.ops', reason='mmcv has no compiled operators', exc_type=ImportError)
@@ -19,7 +20,6 @@ pytest.importorskip('mmseg.models', reason='mmsegmentation is not installed', ex
 import mmdet.apis  # noqa: E402
 import mmpretrain  # noqa: E402
 import mmseg.apis  # noqa: E402
-from mmengine.config import Config
 
 from cae_mm.apis import init_inferencer, init_model  # noqa: E402
 
