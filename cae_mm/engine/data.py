@@ -204,6 +204,9 @@ def explained_worker_faults() -> Iterator[None]:
 def _kill_workers() -> None:
     """End what would be waited for at exit: a worker that hangs may not listen to SIGTERM."""
     for process in multiprocessing.active_children():
-        with suppress(RuntimeError):  # torch notices that a worker is killed
-            process.kill()
-            process.join()
+        ended = False
+        while not ended:  # until it is waited for, torch may raise at any time that it was killed
+            with suppress(RuntimeError):
+                process.kill()
+                process.join()
+                ended = True
