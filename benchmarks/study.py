@@ -40,8 +40,6 @@ NAMES: dict[str, tuple[str, str, Any]] = {  # column of the report: where quick 
     'linear': ('cls', 'linear', 'accuracy'),
     'knn': ('mean', 'knn', 20),
 }
-
-
 JUDGING = ('judge', 'judge_on', 'tasks')  # of a row: may change when it is trained
 
 
