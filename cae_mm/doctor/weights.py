@@ -86,6 +86,6 @@ def _load(case: Case, load: Load) -> list[str]:
     if module is None:  # it cannot be built, or a wrapper has it elsewhere
         find_file(load.path, load.module or 'the model')
         return []
-    exact = strict or load.key == COMMAND_LINE or case.get('resume')
+    exact = strict or load.key == COMMAND_LINE or case.get('resume') is True
     min_matched = 1.0 if exact else MIN_MATCHED
     return load_pretrained(module, load.path, load.prefix, min_matched=min_matched).problems

@@ -44,7 +44,8 @@ class SafeLoadHook(Hook):
     - Always: the numbers of heads must agree, as far as the file tells.
     - Saving: the encoder is described beside the weights.
     - Resuming: damaged files are passed over, all keys must fit. The config in the file is not read
-      (mmengine would run it).
+      (mmengine would run it). ``resume='auto'``, which is ``--resume`` where the config has a
+      ``load_from``, begins with that if there is nothing to resume.
 
     Args:
         min_matched: The share, from 0 to 1.
@@ -63,8 +64,7 @@ class SafeLoadHook(Hook):
         if isinstance(runner._train_loop, BaseLoop) and any(all_gather_object(count_restarts())):
             self._keep_files(runner)
         if runner._resume:
-            runner._load_from = on_main_process(self._find, runner, name)
-            runner._resume = runner._load_from is not None
+            runner._load_from, runner._resume = on_main_process(self._find, runner, name)
         elif runner._load_from is not None:
             runner._load_from = f'{SCHEME}{find_file(runner._load_from, name)}'
 
@@ -79,18 +79,19 @@ class SafeLoadHook(Hook):
             )
         runner._load_from = None  # of --resume FILE, where the first run began
 
-    def _find(self, runner: Runner, name: str) -> str | None:
-        """Name the checkpoint to resume from."""
-        if runner._load_from is not None:
-            path = find_file(runner._load_from, name)
-            check_whole(path)
-            return f'{SCHEME}{path}'
+    def _find(self, runner: Runner, name: str) -> tuple[str | None, bool]:
+        """Name the checkpoint of a run that is to be resumed, and whether it is resumed from it."""
+        given = runner._load_from and find_file(runner._load_from, name)
+        if given and runner._resume != 'auto':
+            check_whole(given)
+            return f'{SCHEME}{given}', True
         last = find_last_whole(Path(runner.work_dir), runner.logger.warning)
-        if last is None:
-            text = f'nothing to resume in {runner.work_dir}: the run starts from the beginning'
-            runner.logger.warning(text)
-            return None
-        return f'{SCHEME}{last.absolute()}'
+        if last is not None:
+            return f'{SCHEME}{last.absolute()}', True
+        beginning = given or 'the beginning'
+        text = f'nothing to resume in {runner.work_dir}: the run starts from {beginning}'
+        runner.logger.warning(text)
+        return (f'{SCHEME}{given}' if given else None), False
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Describe the encoder in the file, so that nothing has to be guessed of it later."""

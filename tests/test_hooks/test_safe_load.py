@@ -200,6 +200,24 @@ def test_resuming_without_a_checkpoint_starts_anew(make_runner):
     assert runner.iter == 1
 
 
+def test_resume_auto_begins_with_load_from_and_then_goes_on(tmp_path, make_runner, caplog):
+    """``--resume`` from the start, of a run that begins with given weights, does not drop them."""
+    given = trained(classes=3)
+    options = dict(resume='auto', load_from=save(given, tmp_path / 'given.pth'))
+    begun = make_runner(Toy(), **options)  # with a new head, as a beginning may have
+    begun.train()
+    assert same(given.backbone.state_dict(), begun.model.backbone.state_dict())
+    assert begun.iter == 1
+    written = tmp_path / 'work' / 'epoch_1.pth'
+    content = torch.load(written, weights_only=False)
+    content['state_dict']['backbone.cls_token'].zero_()
+    torch.save(content, written)
+    resumed = make_runner(Toy(), epochs=2, **options)
+    resumed.train()
+    assert (resumed.epoch, resumed.iter) == (2, 2)
+    assert not resumed.model.backbone.cls_token.any()
+
+
 def test_resuming_needs_all_keys_both_ways(tmp_path, make_runner):
     make_runner(trained()).train()
     runner = make_runner(Toy(depth=2), epochs=2, resume=True)

@@ -101,7 +101,13 @@ def test_resume_finds_the_last_checkpoint(options, tmp_path):
     resumed = run('train.py', *args, '--resume')
     assert resumed.returncode == 0, resumed.stderr
     assert 'resumed epoch: 3' in resumed.stdout + resumed.stderr
-    assert (tmp_path / 'epoch_4.pth').exists()
+    last = tmp_path / 'epoch_4.pth'
+    assert last.exists()
+
+    args = (CONFIG, '--work-dir', tmp_path / 'next', *options, f'load_from={last}')
+    begun = run('train.py', *args, 'train_cfg.max_epochs=3', '--resume')
+    assert begun.returncode == 0, begun.stderr
+    assert f'next: the run starts from {last}' in begun.stdout + begun.stderr
 
 
 def test_options_and_settings_reach_the_run(options, tmp_path):
