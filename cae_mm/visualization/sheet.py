@@ -45,7 +45,8 @@ def draw_sheet(
     top, left, bottom = (MARGIN if text else GAP for text in (titles, labels, note))
     size = (top + len(rows) * (height + GAP) + bottom, left + columns * (width + GAP) + GAP)
     canvas = np.ones((*size, 3))
-    figure = Figure(figsize=(size[1] / DPI, size[0] / DPI), dpi=DPI)
+    inches = [(pixels + 0.1) / DPI for pixels in size]  # matplotlib < 3.11 cuts off, 1011.99 too
+    figure = Figure(figsize=inches[::-1], dpi=DPI)
 
     def write(text: str, x: float, y: float, **options: Any) -> None:
         place = (x / size[1], 1 - y / size[0])

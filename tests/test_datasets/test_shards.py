@@ -77,6 +77,7 @@ def read_epoch(monkeypatch, root, epoch, processes=2):
         yield [key(path) for batch in loader for path in batch['img_path']]
 
 
+@pytest.mark.filterwarnings('ignore:This DataLoader will create')  # on one core
 def test_epochs_of_two_processes_with_two_workers_are_the_folder(folder, shards, monkeypatch):
     assert len(list(shards.glob('*.tar'))) > 3
     epochs = [list(read_epoch(monkeypatch, shards, epoch)) for epoch in range(3)]

@@ -69,7 +69,7 @@ def test_figures_by_hand(work):
 
 def test_tokens_that_tell_classes_score_and_constant_ones_do_not(work):
     good = judge_tokens(config(), 'train', num_workers=0)
-    state = torch.load('dvae.pth')
+    state = torch.load('dvae.pth', weights_only=True)
     state['output.bias'][3] = 1e4  # one token for all
     torch.save(state, 'dvae.pth')
     poor = judge_tokens(config(), 'train', num_workers=0)
