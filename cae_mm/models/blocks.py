@@ -37,9 +37,12 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
 
-    def init_weights(self) -> None:
-        """Initialise as the official code does."""
-        trunc_normal_(self.proj.weight)
+    def init_weights(self, xavier: bool = False) -> None:
+        """Initialise as the official code does, or as a linear layer of flat patches."""
+        if xavier:
+            nn.init.xavier_uniform_(self.proj.weight.flatten(1))
+        else:
+            trunc_normal_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]  # a Conv2d may have none
 
     def forward(self, patches: Tensor) -> Tensor:

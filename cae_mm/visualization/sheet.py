@@ -46,7 +46,7 @@ def draw_sheet(
     size = (top + len(rows) * (height + GAP) + bottom, left + columns * (width + GAP) + GAP)
     canvas = np.ones((*size, 3))
     inches = [(pixels + 0.1) / DPI for pixels in size]  # matplotlib < 3.11 cuts off, 1011.99 too
-    figure = Figure(figsize=inches[::-1], dpi=DPI)
+    figure = Figure(figsize=(inches[1], inches[0]), dpi=DPI)
 
     def write(text: str, x: float, y: float, **options: Any) -> None:
         place = (x / size[1], 1 - y / size[0])

@@ -209,6 +209,22 @@ def count(module):
     return sum(param.numel() for param in module.parameters())
 
 
+@pytest.mark.parametrize(
+    ('options', 'limit'),
+    [({}, 0.02), (dict(xavier_patch_embed=True), math.sqrt(6 / (3 * 8 * 8 + 16)))],
+)
+def test_start_of_the_patch_embedding(options, limit):
+    """Official: normal, cut at one deviation, 0.02; MAE's: uniform, of flat patches."""
+    torch.manual_seed(0)
+    vit = CAEViT(arch=TOY, img_size=16, patch_size=8, **options)
+    vit.init_weights()
+    weight = vit.patch_embed.proj.weight.detach()
+    assert 0.98 * limit < weight.abs().max() <= limit
+    deviation = 1 / math.sqrt(3) if options else 0.54  # of the limit
+    assert weight.std() == pytest.approx(deviation * limit, rel=0.02)
+    assert not vit.patch_embed.proj.bias.any()
+
+
 def test_base_has_the_parameters_of_vit_b():
     """Its counterpart vit_base_patch16_224 of timm has 85,798,656 without head.
 
