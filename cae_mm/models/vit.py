@@ -64,9 +64,9 @@ class CAEViT(PretrainedModule):
             nothing, ``depth`` freezes all, the final norm included.
         with_cp: Recompute each block's activations in the backward pass to save memory.
         xavier_patch_embed: Start the patch embedding xavier-uniform over the flat patch, as MAE
-            (arXiv 2111.06377) does: for 3 x 8 x 8 values and a width of 128 with a standard
-            deviation of 0.079, so that patches weigh as much as positions. The official code's is
-            0.011 at any size.
+            (arXiv 2111.06377) does: with a standard deviation of 0.036 for 3 x 16 x 16 values and a
+            width of 768, of 0.079 for 3 x 8 x 8 and 128. The official code's is 0.011 at any size,
+            beside positions of amplitude 1.
         init_cfg: ``dict(type='Pretrained', checkpoint=..., prefix='backbone.')`` or None.
     """
 
