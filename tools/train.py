@@ -21,7 +21,8 @@ def parse_args() -> argparse.Namespace:
         '--resume',
         nargs='?',
         const='auto',
-        help='continue from this checkpoint, or from the last one in the work directory',
+        help='continue from this checkpoint, or from the last one in the work directory; without '
+        'one begin, with load_from if the config has it',
     )
     parser.add_argument(
         '--amp', action='store_true', help='mixed precision in the format that the machine has'
@@ -42,12 +43,18 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     if args.amp:
         cfg.optim_wrapper.update(type='cae_mm.MixedPrecisionOptimWrapper', dtype='auto')
         cfg.optim_wrapper.pop('loss_scale', None)
-    if args.resume:
-        cfg.resume = True
-        if args.resume != 'auto':
-            cfg.load_from = args.resume
-        elif cfg.get('load_from'):  # mmengine would resume from it, mmpretrain ignores it
-            cfg.resume = 'auto'
+    if args.resume == 'auto' and cfg.get('load_from'):
+        hooks = [hook.get('type') for hook in cfg.get('custom_hooks') or ()]
+        if 'cae_mm.SafeLoadHook' not in hooks:  # mmengine would resume from load_from
+            raise ValueError(
+                '--resume beside a load_from: whether the run begins with that or goes on is '
+                "decided by dict(type='cae_mm.SafeLoadHook'), add it to custom_hooks"
+            )
+        cfg.resume = 'auto'
+    elif args.resume == 'auto':
+        cfg.resume, cfg.load_from = True, None
+    elif args.resume:
+        cfg.resume, cfg.load_from = True, args.resume
     if args.auto_scale_lr:
         if 'auto_scale_lr' not in cfg:
             raise ValueError(f'--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size')

@@ -180,15 +180,6 @@ class CAERunner(Runner):
                 meta['iter'] = start
         return checkpoint
 
-    def load_or_resume(self) -> None:
-        """Load what the run begins with; ``resume='auto'`` takes a hook to decide what that is."""
-        if self._resume == 'auto':
-            raise ValueError(
-                '--resume beside a load_from: what the run goes on from is decided by '
-                "dict(type='cae_mm.SafeLoadHook'), add it to custom_hooks"
-            )
-        super().load_or_resume()
-
     def resume(self, *args: Any, **options: Any) -> None:
         """Resume from a file of any run, sharded or not."""
         if is_sharded(self.model):

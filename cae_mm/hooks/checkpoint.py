@@ -61,11 +61,18 @@ class SafeLoadHook(Hook):
         if runner._has_loaded or str(runner._load_from).startswith(SCHEME):
             return
         name = type(runner.model).__name__
-        if isinstance(runner._train_loop, BaseLoop) and any(all_gather_object(count_restarts())):
+        trains = isinstance(runner._train_loop, BaseLoop)
+        if trains and any(all_gather_object(count_restarts())):
             self._keep_files(runner)
+        if runner._resume == 'auto' and not trains:
+            runner._resume = False  # the config is that of a run, the checkpoint another one
         if runner._resume:
-            runner._load_from, runner._resume = on_main_process(self._find, runner, name)
-        elif runner._load_from is not None:
+            found = on_main_process(self._find, runner, name)
+            runner._resume = found is not None
+            if found is not None:
+                runner._load_from = found
+                return
+        if runner._load_from is not None:
             runner._load_from = f'{SCHEME}{find_file(runner._load_from, name)}'
 
     def _keep_files(self, runner: Runner) -> None:
@@ -77,21 +84,23 @@ class SafeLoadHook(Hook):
                 f'torchrun has started this run again, and {runner.work_dir} has checkpoints: add '
                 '--resume to the command, so that it goes on from the last'
             )
-        runner._load_from = None  # of --resume FILE, where the first run began
+        runner._load_from = None  # with which the first run began
 
-    def _find(self, runner: Runner, name: str) -> tuple[str | None, bool]:
-        """Name the checkpoint of a run that is to be resumed, and whether it is resumed from it."""
-        given = runner._load_from and find_file(runner._load_from, name)
-        if given and runner._resume != 'auto':
-            check_whole(given)
-            return f'{SCHEME}{given}', True
+    def _find(self, runner: Runner, name: str) -> str | None:
+        """Name the checkpoint to resume from."""
+        given = runner._load_from
+        if given is not None and runner._resume != 'auto':
+            path = find_file(given, name)
+            check_whole(path)
+            return f'{SCHEME}{path}'
         last = find_last_whole(Path(runner.work_dir), runner.logger.warning)
-        if last is not None:
-            return f'{SCHEME}{last.absolute()}', True
-        beginning = given or 'the beginning'
-        text = f'nothing to resume in {runner.work_dir}: the run starts from {beginning}'
-        runner.logger.warning(text)
-        return (f'{SCHEME}{given}' if given else None), False
+        if last is None:
+            text = f'nothing to resume in {runner.work_dir}: the run starts from '
+            runner.logger.warning(text + (given or 'the beginning'))
+            return None
+        if given is not None:
+            runner.logger.warning(f'the run goes on from {last}: it had begun with {given}')
+        return f'{SCHEME}{last.absolute()}'
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Describe the encoder in the file, so that nothing has to be guessed of it later."""

@@ -38,9 +38,10 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
 
     def init_weights(self, xavier: bool = False) -> None:
-        """Initialise as the official code does, or as a linear layer of flat patches."""
+        """Initialise as the official code does, or xavier-uniform as a layer of flat patches."""
         if xavier:
-            nn.init.xavier_uniform_(self.proj.weight.flatten(1))
+            bound = math.sqrt(6 / sum(self.proj.weight.flatten(1).shape))
+            nn.init.uniform_(self.proj.weight, -bound, bound)
         else:
             trunc_normal_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]  # a Conv2d may have none

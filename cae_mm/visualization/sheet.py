@@ -45,7 +45,7 @@ def draw_sheet(
     top, left, bottom = (MARGIN if text else GAP for text in (titles, labels, note))
     size = (top + len(rows) * (height + GAP) + bottom, left + columns * (width + GAP) + GAP)
     canvas = np.ones((*size, 3))
-    inches = [(pixels + 0.1) / DPI for pixels in size]  # matplotlib < 3.11 cuts off, 1011.99 too
+    inches = [(pixels + 0.1) / DPI for pixels in size]  # matplotlib < 3.11 truncates 1011.99
     figure = Figure(figsize=(inches[1], inches[0]), dpi=DPI)
 
     def write(text: str, x: float, y: float, **options: Any) -> None:

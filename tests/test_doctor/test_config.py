@@ -469,6 +469,8 @@ def test_pretraining_file_for_a_whole_classifier(classifier, pretrained):
     options = {'model.backbone.init_cfg': None}
     findings = check(classifier, options | {'load_from': str(pretrained)})
     expect(findings, 'note', 'load_from', 'missing: head.', 'unexpected: neck.')
+    begun = check(classifier, options | {'load_from': str(pretrained), 'resume': 'auto'})
+    expect(begun, 'note', 'load_from', 'missing: head.', 'unexpected: neck.')
     expect(check(classifier, options, checkpoint=pretrained), 'error', 'CHECKPOINT', 'head.')
 
 

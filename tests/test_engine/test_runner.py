@@ -363,13 +363,6 @@ def test_shards_that_are_taken_for_files_are_named(tmp_path):
         CAERunner.from_cfg(cfg).train()
 
 
-def test_resume_beside_load_from_needs_the_hook_that_decides(tmp_path):
-    cfg = toy(work_dir=str(tmp_path), experiment_name=tmp_path.name)
-    cfg.update(resume='auto', load_from='a.pth')
-    with pytest.raises(ValueError, match='--resume beside a load_from: .*SafeLoadHook.* add it'):
-        CAERunner.from_cfg(cfg).train()
-
-
 def test_timeout_that_is_no_number_is_named(tmp_path):
     cfg = toy(work_dir=str(tmp_path), env_cfg=dict(dist_cfg=dict(timeout='10 min')))
     with pytest.raises(ValueError, match="env_cfg.dist_cfg.timeout .* seconds, not '10 min'"):

@@ -200,7 +200,7 @@ def test_resuming_without_a_checkpoint_starts_anew(make_runner):
     assert runner.iter == 1
 
 
-def test_resume_auto_begins_with_load_from_and_then_goes_on(tmp_path, make_runner, caplog):
+def test_resume_auto_begins_with_load_from_and_then_goes_on(tmp_path, make_runner):
     """``--resume`` from the start, of a run that begins with given weights, does not drop them."""
     given = trained(classes=3)
     options = dict(resume='auto', load_from=save(given, tmp_path / 'given.pth'))
@@ -216,6 +216,17 @@ def test_resume_auto_begins_with_load_from_and_then_goes_on(tmp_path, make_runne
     resumed.train()
     assert (resumed.epoch, resumed.iter) == (2, 2)
     assert not resumed.model.backbone.cls_token.any()
+
+    os.remove(options['load_from'])  # it is needed at the beginning only
+    assert make_runner(Toy(), epochs=3, **options).train() is not None
+
+
+def test_resume_auto_of_a_dumped_config_is_for_training_only(tmp_path, make_runner):
+    make_runner(Toy()).train()
+    asked = trained()
+    runner = make_runner(Toy(), resume='auto', load_from=save(asked, tmp_path / 'asked.pth'))
+    runner.test()
+    assert same(asked.state_dict(), runner.model.state_dict())
 
 
 def test_resuming_needs_all_keys_both_ways(tmp_path, make_runner):

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +110,29 @@ def test_resume_finds_the_last_checkpoint(options, tmp_path):
     begun = run('train.py', *args, 'train_cfg.max_epochs=3', '--resume')
     assert begun.returncode == 0, begun.stderr
     assert f'next: the run starts from {last}' in begun.stdout + begun.stderr
+
+
+@pytest.mark.parametrize(
+    ('said', 'load_from', 'resume', 'loaded'),
+    [
+        ('auto', None, True, None),
+        ('auto', 'a.pth', 'auto', 'a.pth'),
+        ('b.pth', 'a.pth', True, 'b.pth'),
+        (None, 'a.pth', False, 'a.pth'),
+    ],
+)
+def test_resume_and_load_from(said, load_from, resume, loaded):
+    """What of the two the Runner is told."""
+    merge_args = runpy.run_path(str(ROOT / 'tools/train.py'))['merge_args']
+    hooks = [dict(type='cae_mm.SafeLoadHook')]
+    cfg = Config(dict(resume=False, load_from=load_from, custom_hooks=hooks))
+    args = Namespace(no_validate=False, amp=False, auto_scale_lr=False, resume=said)
+    merge_args(cfg, args)
+    assert (cfg.resume, cfg.load_from) == (resume, loaded)
+    if resume == 'auto':
+        cfg.pop('custom_hooks')
+        with pytest.raises(ValueError, match='--resume beside a load_from: .*SafeLoadHook.* add'):
+            merge_args(cfg, args)
 
 
 def test_options_and_settings_reach_the_run(options, tmp_path):
