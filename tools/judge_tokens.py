@@ -7,9 +7,7 @@ python tools/judge_tokens.py CONFIG --train FOLDER \
 import argparse
 import json
 
-import torch
-
-from cae_mm.engine.cli import add_config_arguments, load_config
+from cae_mm.engine.cli import add_config_arguments, add_device_argument, load_config
 from cae_mm.evaluation.tokens import judge_tokens
 
 
@@ -25,7 +23,7 @@ def main() -> None:
     )
     parser.add_argument('--max-images', type=int, help='at most so many; default: all')
     parser.add_argument('--seed', type=int, default=0, help='of the part that is held out')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    add_device_argument(parser)
     parser.add_argument('--num-workers', type=int, help='default: one for each core')
     args = parser.parse_args()
     figures = judge_tokens(

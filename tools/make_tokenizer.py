@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from cae_mm.conversion.kmeans import VECTORS_OF_A_CENTER, make_tokenizer
-from cae_mm.engine.cli import add_config_arguments, load_config
+from cae_mm.engine.cli import add_config_arguments, add_device_argument, load_config
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument('--vectors', type=int, help=help_vectors)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--prefix', default='backbone.', help="of the encoder's keys in the file")
-    parser.add_argument('--device', help='default: the GPU if there is one')
+    add_device_argument(parser)
     args = parser.parse_args()
     if args.out.suffix != '.safetensors':
         parser.error(f'--out is to end with .safetensors, not {args.out.suffix!r}')

@@ -22,7 +22,7 @@ from torch import Tensor
 from cae_mm.apis import init_model
 from cae_mm.checkpoints.files import read_checkpoint
 from cae_mm.checkpoints.pretrained import find_file
-from cae_mm.engine.cli import add_config_arguments, load_config
+from cae_mm.engine.cli import add_config_arguments, add_device_argument, load_config
 from cae_mm.evaluation.encoder import (
     FEATURES,
     RANDOM,
@@ -94,7 +94,7 @@ def parse_args() -> argparse.Namespace:
         )
         kind.add_argument('--out', type=png, default=f'{name}.png', help='PNG to write')
         kind.add_argument('--seed', type=int, default=0, help='of masks, draws, random weights')
-        kind.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+        add_device_argument(kind)
         return kind
 
     def add_images(kind: argparse.ArgumentParser) -> None:

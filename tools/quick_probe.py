@@ -8,7 +8,7 @@ import argparse
 
 from rich.console import Console
 
-from cae_mm.engine.cli import add_config_arguments, load_config
+from cae_mm.engine.cli import add_config_arguments, add_device_argument, load_config
 from cae_mm.evaluation.encoder import FEATURES
 from cae_mm.evaluation.quick_probe import POOLED, PROBES, QuickProbe, make_table
 from cae_mm.precision import PRECISIONS
@@ -30,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--epochs', type=int, help='of the linear probe, default 100')
     parser.add_argument('--seed', type=int, help='default 0')
     parser.add_argument('--prefix', help="of the encoder's keys in the file, default 'backbone.'")
-    parser.add_argument('--device', help='default: the GPU if there is one')
+    add_device_argument(parser)
     parser.add_argument(
         '--precision', choices=PRECISIONS, help='default: what the device does fast'
     )

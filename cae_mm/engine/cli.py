@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
@@ -43,6 +44,24 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     # torch.distributed.launch of torch < 2 passes the one, of torch >= 2 the other
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the device of tools that run without a Runner; one that cannot be used is refused."""
+    default = 'cuda' if torch.cuda.is_available() else 'cpu'
+    text = 'default: the GPU if there is one'
+    parser.add_argument('--device', type=_device, default=default, help=text)
+
+
+def _device(name: str) -> str:
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError) as error:  # the former of a torch without CUDA
+        reason = str(error).partition('\n')[0]
+        raise argparse.ArgumentTypeError(
+            f'{name} cannot be used here, try cpu or cuda:0: {reason}'
+        ) from None
+    return name
 
 
 def load_config(path: str | Path, options: dict[str, Any] | None = None) -> Config:

@@ -131,3 +131,11 @@ def test_features_without_room_are_refused(work, monkeypatch):
     monkeypatch.setattr('shutil.disk_usage', lambda _: SimpleNamespace(free=100))
     with pytest.raises(OSError, match='features take 0.0 GB more, 0.0 GB are free: .*--out'):
         probe('epoch_3.pth', '--out', 'out', '--probes', 'knn')
+
+
+@pytest.mark.parametrize('device', ['gpu', 'cuda:99'])
+def test_unusable_device(work, capsys, device):
+    with pytest.raises(SystemExit):
+        probe('epoch_3.pth', '--device', device)
+    assert f'--device: {device} cannot be used here' in capsys.readouterr().err
+    assert not (work / 'work_dirs').exists()
