@@ -40,6 +40,7 @@ NAMES: dict[str, tuple[str, str, Any]] = {  # column of the report: where quick 
     'linear': ('cls', 'linear', 'accuracy'),
     'knn': ('mean', 'knn', 20),
 }
+COLUMNS = 4  # of panels in the picture
 JUDGING = ('judge', 'judge_on', 'tasks')  # of a row: may change when it is trained
 
 
@@ -418,7 +419,9 @@ def columns_of(groups: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and, of two or more, standard deviation, in percent."""
+    """Mean and, of two or more, standard deviation, in percent; nothing of none."""
+    if not values:
+        return ''
     text = f'{100 * fmean(values):.1f}'
     return f'{text} ± {100 * stdev(values):.1f}' if len(values) > 1 else text
 
@@ -433,65 +436,66 @@ def differences(
 
 
 def make_lines(study: Study) -> list[list[str]]:
-    """Head and cells of the report: price, accuracies, and difference from the reference."""
+    """Head and cells of the report: price and accuracies; differences from the reference.
+
+    The latter are paired by seed, of rows that have two or more in common with the reference.
+    """
     groups = group(study)
     names = columns_of(groups)
     if not names:
         raise ValueError(f'{study.results_file}: nothing is judged yet')
-    lines = [
-        [
-            'row',
-            'seeds',
-            'epochs',
-            'PFLOP',
-            'with tokenizer',
-            'minutes',
-            *names,
-            f'{names[0]} - reference',
-        ]
-    ]
-    reference = groups.get(study.reference, [])
+    lines = [['row', 'seeds', 'epochs', 'PFLOP', 'with tokenizer', 'minutes', *names]]
     for row, results in groups.items():
         epochs, pflop, seconds = (
             fmean(r.get(key, 0) for r in results) for key in ('epochs', 'pflop', 'seconds')
         )
         total = fmean(study.price(row, r['seed']) for r in results)
         cells = [f'{epochs:.0f}', f'{pflop:.3f}', f'{total:.3f}', f'{seconds / 60:.0f}']
-        for name in names:
-            values = [r['accuracy'][name] for r in results if name in r['accuracy']]
-            cells.append(spread(values) if values else '')
-        paired = differences(results, reference, names[0])
-        cells.append(spread(paired) if paired and row != study.reference else '')
-        lines.append([row, str(len(results)), *cells])
+        values = [[r['accuracy'][name] for r in results if name in r['accuracy']] for name in names]
+        lines.append([row, str(len(results)), *cells, *map(spread, values)])
+    reference = groups.pop(study.reference, [])
+    for row, results in groups.items():
+        paired = [differences(results, reference, name) for name in names]
+        if (pairs := max(map(len, paired))) > 1:
+            cells = [f'{row} - {study.reference}', str(pairs), *[''] * 4, *map(spread, paired)]
+            lines.append(cells)
     return lines
 
 
 def draw(study: Study, path: Path) -> None:
     """Accuracy against operations, one panel for each column; bars are standard deviations.
 
-    What was not trained, a random encoder, is a dashed line.
+    What was not trained, a random encoder, is a dashed line. Rows with one name before the slash look
+    alike.
     """
     groups = {row: results for row, results in group(study).items() if results[0]['accuracy']}
     names = columns_of(groups)
-    size = (4.2 * len(names), 4.5)
-    figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, layout='constrained')
-    looks = list(product('os^Dv', plt.colormaps['tab10'].colors))  # 50 rows can be told apart
-    for axis, name in zip(axes[0], names, strict=True):
-        for i, (row, results) in enumerate(groups.items()):
-            marker, colour = looks[i % len(looks)]
+    columns = min(len(names), COLUMNS)
+    rows = -(-len(names) // columns)
+    size = (4.2 * columns, 3.5 * rows + 1)
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout='constrained')
+    axes = grid.flat[: len(names)]
+    for axis in grid.flat[len(names) :]:
+        axis.remove()
+    families = list(dict.fromkeys(row.partition('/')[0] for row in groups))
+    looks = list(product('os^Dv', plt.colormaps['tab10'].colors))  # 50 can be told apart
+    for axis, name in zip(axes, names, strict=True):
+        for row, results in groups.items():
+            family = row.partition('/')[0]
+            marker, colour = looks[families.index(family) % len(looks)]
             values = [100 * r['accuracy'][name] for r in results if name in r['accuracy']]
             price = fmean(study.price(row, r['seed']) for r in results)
             if values and price:
                 error = stdev(values) if len(values) > 1 else 0
                 style: dict[str, Any] = dict(fmt=marker, color=colour, capsize=3)
-                axis.errorbar(price, fmean(values), error, label=row, **style)
+                axis.errorbar(price, fmean(values), error, label=family, **style)
             elif values:
-                axis.axhline(fmean(values), color=colour, linestyle='--', label=row)
+                axis.axhline(fmean(values), color=colour, linestyle='--', label=family)
         axis.set(xlabel='pretraining and tokenizer, PFLOP', ylabel=f'{name}, %')
         axis.set_xlim(0, 1.1 * axis.dataLim.x1)
         axis.grid(alpha=0.3)
-    found = [dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True)) for axis in axes[0]]
-    handles = {row: part[row] for row in groups for part in found if row in part}
+    found = [dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True)) for axis in axes]
+    handles = {name: part[name] for name in families for part in found if name in part}
     figure.legend(
         handles.values(), handles.keys(), loc='outside lower center', ncols=4, fontsize='small'
     )

@@ -141,15 +141,19 @@ def test_what_a_run_needs_is_in_its_price(study, tmp_path):
 
 
 def test_report_has_spread_and_differences_by_seed(study, tmp_path):
-    file = write_table(tmp_path, dict(ref=dict(seeds=[0, 1, 2]), other=dict(seeds=[0, 1, 2])))
+    three = dict(seeds=[0, 1, 2])
+    file = write_table(tmp_path, dict(ref=three, other=three, once=dict(seeds=[1])))
     for seed, (ref, other) in enumerate([(0.50, 0.54), (0.60, 0.62)]):
         add_result(study, file, 'ref', seed, knn=ref, logreg=0.7)
         add_result(study, file, 'other', seed, knn=other)
     add_result(study, file, 'other', 2, knn=0.9)  # no reference with this seed
-    head, ref, other = study.make_lines(study.Study(file, tmp_path))
-    assert head[6:] == ['knn', 'logreg', 'knn - reference']
-    assert ref == ['ref', '2', '3', '2.000', '2.000', '1', '55.0 ± 7.1', '70.0 ± 0.0', '']
-    assert other == ['other', '3', '3', '2.000', '2.000', '1', '68.7 ± 18.9', '', '3.0 ± 1.4']
+    add_result(study, file, 'once', 1, knn=0.9)  # a difference without a spread says nothing
+    head, ref, other, once, paired = study.make_lines(study.Study(file, tmp_path))
+    assert head[6:] == ['knn', 'logreg']
+    assert ref == ['ref', '2', '3', '2.000', '2.000', '1', '55.0 ± 7.1', '70.0 ± 0.0']
+    assert other == ['other', '3', '3', '2.000', '2.000', '1', '68.7 ± 18.9', '']
+    assert once == ['once', '1', '3', '2.000', '2.000', '1', '90.0', '']
+    assert paired == ['other - ref', '2', '', '', '', '', '3.0 ± 1.4', '']
     study.report(study.Study(file, tmp_path), tmp_path / 'table.md', tmp_path / 'x.png')
     assert '| ref | 2 | 3 | 2.000 | 2.000 | 1 | 55.0 ± 7.1 |' in (tmp_path / 'table.md').read_text()
     with Image.open(tmp_path / 'x.png') as picture:
