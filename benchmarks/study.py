@@ -17,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import product
+from itertools import cycle, product, zip_longest
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import mmengine
 from harness import console, describe_machine
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from rich.table import Table
 
 from cae_mm.doctor.case import Machine
@@ -463,39 +464,28 @@ def make_lines(study: Study) -> list[list[str]]:
 
 
 def draw(study: Study, path: Path) -> None:
-    """Accuracy against operations, one panel for each column; bars are standard deviations.
+    """Accuracy against operations, one panel for each column.
 
-    What was not trained, a random encoder, is a dashed line. Rows with one name before the slash look
-    alike.
+    Rows with one name before the slash look alike.
     """
     groups = {row: results for row, results in group(study).items() if results[0]['accuracy']}
     names = columns_of(groups)
-    columns = min(len(names), COLUMNS)
-    rows = -(-len(names) // columns)
-    size = (4.2 * columns, 3.5 * rows + 1)
-    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout='constrained')
-    axes = grid.flat[: len(names)]
-    for axis in grid.flat[len(names) :]:
-        axis.remove()
-    families = list(dict.fromkeys(row.partition('/')[0] for row in groups))
-    looks = list(product('os^Dv', plt.colormaps['tab10'].colors))  # 50 can be told apart
-    for axis, name in zip(axes, names, strict=True):
-        for row, results in groups.items():
-            family = row.partition('/')[0]
-            marker, colour = looks[families.index(family) % len(looks)]
-            values = [100 * r['accuracy'][name] for r in results if name in r['accuracy']]
-            price = fmean(study.price(row, r['seed']) for r in results)
-            if values and price:
-                error = stdev(values) if len(values) > 1 else 0
-                style: dict[str, Any] = dict(fmt=marker, color=colour, capsize=3)
-                axis.errorbar(price, fmean(values), error, label=family, **style)
-            elif values:
-                axis.axhline(fmean(values), color=colour, linestyle='--', label=family)
-        axis.set(xlabel='pretraining and tokenizer, PFLOP', ylabel=f'{name}, %')
-        axis.set_xlim(0, 1.1 * axis.dataLim.x1)
-        axis.grid(alpha=0.3)
-    found = [dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True)) for axis in axes]
-    handles = {name: part[name] for name in families for part in found if name in part}
+    wide = min(len(names), COLUMNS)
+    high = -(-len(names) // wide)
+    size = (4.2 * wide, 3.5 * high + 1)
+    figure, axes = plt.subplots(high, wide, figsize=size, squeeze=False, layout='constrained')
+    families = dict.fromkeys(row.partition('/')[0] for row in groups)
+    every_look = product('os^Dv', plt.colormaps['tab10'].colors)  # 50 can be told apart
+    looks = dict(zip(families, cycle(every_look), strict=False))
+    for axis, name in zip_longest(axes.flat, names):
+        if name:
+            draw_panel(axis, study, groups, name, looks)
+        else:
+            axis.remove()
+    found = [
+        dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True)) for axis in figure.axes
+    ]
+    handles = {family: part[family] for family in families for part in found if family in part}
     figure.legend(
         handles.values(), handles.keys(), loc='outside lower center', ncols=4, fontsize='small'
     )
@@ -503,6 +493,33 @@ def draw(study: Study, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
     plt.close(figure)
+
+
+def draw_panel(
+    axis: Axes,
+    study: Study,
+    groups: dict[str, list[dict[str, Any]]],
+    name: str,
+    looks: dict[str, tuple[str, Any]],
+) -> None:
+    """One column of the report: means, bars are standard deviations.
+
+    What was not trained, a random encoder, is a dashed line.
+    """
+    for row, results in groups.items():
+        family = row.partition('/')[0]
+        marker, colour = looks[family]
+        values = [100 * r['accuracy'][name] for r in results if name in r['accuracy']]
+        price = fmean(study.price(row, r['seed']) for r in results)
+        if values and price:
+            error = stdev(values) if len(values) > 1 else 0
+            style: dict[str, Any] = dict(fmt=marker, color=colour, capsize=3)
+            axis.errorbar(price, fmean(values), error, label=family, **style)
+        elif values:
+            axis.axhline(fmean(values), color=colour, linestyle='--', label=family)
+    axis.set(xlabel='pretraining and tokenizer, PFLOP', ylabel=f'{name}, %')
+    axis.set_xlim(0, 1.1 * axis.dataLim.x1)
+    axis.grid(alpha=0.3)
 
 
 def report(study: Study, markdown: Path | None, picture: Path) -> None:
