@@ -123,12 +123,20 @@ def prepare_export() -> dict:
     return {}
 
 
+def prepare_photographs() -> dict:
+    """A folder in a folder."""
+    Path('MY_IMAGES/a').mkdir(parents=True)
+    Image.fromarray(IMAGE).save('MY_IMAGES/a/1.JPEG')
+    return {}
+
+
 PREPARE = {
     'checkpoints': prepare_weights,
     'detection': functools.partial(prepare_task, 'mmdet', 'epoch_12.pth'),
     'evaluation': functools.partial(prepare_task, 'mmpretrain', 'epoch_100.pth'),
     'export': prepare_export,
     'segmentation': functools.partial(prepare_task, 'mmseg', 'iter_160000.pth'),
+    'start': prepare_photographs,
 }
 
 
