@@ -191,9 +191,8 @@ def test_recipe_for_few_images_is_that_of_the_study():
     cfg = Config.fromfile(path)
     table = yaml.safe_load((ROOT / 'benchmarks/studies/imagenette64_choice.yml').read_text())
     chosen = table['rows']['cae-narrow-all/patch-init']['options']
-    assert (
-        chosen.pop('optim_wrapper.optimizer.lr') == 2e-3
-    )  # at another size and batch, see the config
+    # the rate is that of another size and batch, see the config
+    assert chosen.pop('optim_wrapper.optimizer.lr') == 2e-3
     target = dict(_delete_=True, **cfg.model.target_generator)
     assert chosen.pop('model.target_generator') == target
     assert chosen.pop('model.predicted_share') == 1 and 'predicted_share' not in cfg.model

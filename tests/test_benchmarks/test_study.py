@@ -160,6 +160,30 @@ def test_report_has_spread_and_differences_by_seed(study, tmp_path):
         assert picture.width > 400
 
 
+def test_picture_has_a_panel_for_each_column_and_a_look_for_each_family(
+    study, tmp_path, monkeypatch
+):
+    rows = {'start': dict(pflop=0), 'ref/slow': {}, 'ref/fast': {}, 'other': {}}
+    file = write_table(tmp_path, rows)
+    columns = dict.fromkeys(['knn', 'logreg', 'linear', 'attentive', 'upernet'], 0.5)
+    for row in rows:
+        add_result(study, file, row, 0, **columns)
+    results = [json.loads(line) for line in file.with_suffix('.jsonl').read_text().splitlines()]
+    results[0].pop('pflop')  # not trained
+    file.with_suffix('.jsonl').write_text('\n'.join(map(json.dumps, results)))
+    monkeypatch.setattr(study.plt, 'close', lambda figure: None)
+    study.draw(study.Study(file, tmp_path), tmp_path / 'x.png')
+    figure = study.plt.gcf()
+    assert [axis.get_ylabel() for axis in figure.axes] == [f'{name}, %' for name in columns]
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ['start', 'ref', 'other']
+    panel = figure.axes[0]
+    [start] = [line for line in panel.lines if line.get_linestyle() == '--']
+    assert list(start.get_ydata()) == [50, 50]
+    slow, fast, other = (points.lines[0].get_color() for points in panel.containers)
+    assert slow == fast != other
+
+
 def test_a_fifth_of_each_class_is_held_out(study, tmp_path):
     make_images(tmp_path / 'all', CLASSES, 10)
     study.split(tmp_path / 'all', tmp_path / 'out')
