@@ -7,12 +7,13 @@ imports it with its package, so that whatever makes models of this project known
 """
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import torch
-from mmengine.dist import barrier, get_local_rank
+from mmengine.dist import barrier
 from mmengine.logging import print_log
 from mmengine.runner import checkpoint as published
 from mmengine.runner.checkpoint import CheckpointLoader
@@ -63,10 +64,12 @@ def load_from_web(filename: str, map_location: Place = None) -> Any:
         raise ValueError(f'{filename} names no file')
     folder = Path(torch.hub.get_dir(), 'checkpoints')
     path = folder / name
-    if get_local_rank() == 0 and not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(filename, str(path))
-    barrier()
+    try:
+        if os.environ.get('LOCAL_RANK', '0') == '0' and not path.exists():  # once on a machine
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(filename, str(path))
+    finally:  # others that wait for the file miss it, if that failed
+        barrier()
     return load_from_plain(str(path), map_location)
 
 

@@ -13,6 +13,7 @@ from mmengine.runner import load_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 from pickles import Call
 from torch import nn
+from two_processes import in_two_processes, load_from_web
 
 from cae_mm.checkpoints import schemes
 
@@ -118,6 +119,16 @@ def test_downloads_are_read_as_data(tmp_path, monkeypatch, name, table):
     with pytest.raises(ValueError, match='layer.pth was refused, .* refers to .*mkdir'):
         CheckpointLoader.load_checkpoint(name)
     assert not (tmp_path / 'executed').exists()
+
+
+def test_processes_of_a_machine_download_once(tmp_path):
+    """And none waits for a download that failed."""
+    torch.save({'a': torch.ones(1)}, tmp_path / 'there.pth')
+    urls = [f'https://files.org/{name}.pth' for name in ('there', 'missing')]
+    (main, failed), (other, missed) = in_two_processes(load_from_web, tmp_path, urls)
+    assert main['a'].item() == other['a'].item() == 1
+    assert (tmp_path / 'downloads').read_text().split() == urls
+    assert 'No such file' in failed and 'missing.pth can not be found' in missed
 
 
 @pytest.mark.parametrize('url', ['https://files.org', 'https://files.org/a/..'])
