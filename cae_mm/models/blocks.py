@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cae_mm.models.functional import DropPath, attention, scaled_linear
+from cae_mm.models.functional import DropPath, attention, is_plain, scaled_linear
 from cae_mm.models.positions import (
     num_relative_positions,
     relative_position_index,
@@ -116,10 +116,12 @@ class Attention(nn.Module):
             gamma: Layer scale of the output, shape (D,), or None for none.
             queries: How many tokens Q, the first ones, attend and are returned; None for all.
         """
-        k_bias, weight = torch.zeros_like(self.v_bias), self.qkv.weight
-        if queries is None:
+        k_bias, weight, plain = torch.zeros_like(self.v_bias), self.qkv.weight, is_plain(self.qkv)
+        if queries is None or not plain:
             qkv_bias = torch.cat([self.q_bias, k_bias, self.v_bias])
-            q, k, v = F.linear(x, weight, qkv_bias).chunk(3, dim=-1)  # each [B, N, D]
+            qkv = F.linear(x, weight, qkv_bias) if plain else self.qkv(x) + qkv_bias
+            q, k, v = qkv.chunk(3, dim=-1)  # each [B, N, D]
+            q = q[:, :queries]
         else:
             D = len(k_bias)
             q = F.linear(x[:, :queries], weight[:D], self.q_bias)  # [B, Q, D]

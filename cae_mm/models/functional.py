@@ -89,10 +89,15 @@ def scaled_linear(x: Tensor, linear: nn.Linear, gamma: Tensor | None, gelu: bool
         gamma: Layer scale, shape (D,), or None for none.
         gelu: Whether GELU comes before ``linear``.
     """
-    if gamma is not None and torch.is_grad_enabled():
+    if gamma is not None and torch.is_grad_enabled() and is_plain(linear):
         return _ScaledLinear.apply(x, linear.weight, linear.bias, gamma, gelu)
     y = linear(F.gelu(x) if gelu else x)
     return y if gamma is None else gamma * y
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a layer is its weight and bias and no more: not wrapped (LoRA), not hooked."""
+    return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
 
 
 class _ScaledLinear(torch.autograd.Function):

@@ -88,6 +88,45 @@ def test_block_of_the_first_tokens_only(options):
     close(block(x, (2, 3), 2), block(x, (2, 3))[:, :2])
 
 
+class Shifted(nn.Linear):
+    """As adapters such as LoRA's, a layer that is more than its weight and bias."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize('queries', [None, 2])
+@pytest.mark.parametrize('name', ['attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.fc2'])
+def test_layers_that_are_more_than_a_weight_count_in_training_too(name, queries):
+    block = randomize(Block(12, 3).double())
+    [x] = tokens(7)
+    parent, _, attribute = name.partition('.')
+    linear = block.get_submodule(name)
+    before = block(x, None, queries)
+    adapted = Shifted(linear.in_features, linear.out_features, linear.bias is not None).double()
+    adapted.load_state_dict(linear.state_dict())
+    setattr(block.get_submodule(parent), attribute, adapted)
+    with torch.no_grad():
+        wanted = block(x, None, queries)
+        if linear.bias is not None:  # the same by other means
+            linear.bias += 1
+            setattr(block.get_submodule(parent), attribute, linear)
+            close(block(x, None, queries), wanted)
+            setattr(block.get_submodule(parent), attribute, adapted)
+    close(block(x, None, queries), wanted)
+    assert (wanted - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize('name', ['attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.fc2'])
+def test_hooks_of_layers_are_called(name):
+    block, calls = Block(12, 3), []
+    block.get_submodule(name).register_forward_hook(lambda *_: calls.append(name))
+    y = block(torch.randn(2, 5, 12))
+    with torch.no_grad():
+        block(torch.randn(2, 5, 12))
+    assert calls == [name, name] and y.requires_grad
+
+
 def test_layer_scale_is_per_channel():
     block = Block(8, 2, layer_scale=0.3)
     equal(block.gamma_1.data, torch.full((8,), 0.3))
