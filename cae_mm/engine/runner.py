@@ -31,7 +31,7 @@ from cae_mm.engine.data import (
 from cae_mm.engine.loops import ResumableEpochLoop, ResumableIterLoop
 from cae_mm.engine.message_hub import DeferredMessageHub
 from cae_mm.engine.processes import on_main_process, rendezvous_after_restart
-from cae_mm.engine.settings import LOADERS, apply_settings
+from cae_mm.engine.settings import LOADERS, apply_settings, class_name, find_schedulers
 from cae_mm.engine.sharding import (
     check_sharding,
     gathered_state,
@@ -217,9 +217,17 @@ class CAERunner(Runner):
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Name what data workers and other processes die of."""
-        with watched(self.timeout) as self.watch, explained_worker_faults():
-            yield
+        """Name what data workers and other processes die of; a failure leaves nothing behind."""
+        try:
+            with watched(self.timeout) as self.watch, explained_worker_faults():
+                yield
+        except SystemExit:  # told to end: should it be told once more, that is to change nothing
+            raise
+        except BaseException:
+            for hook in self.hooks:
+                if hasattr(hook, 'close'):
+                    hook.close()
+            raise
 
     def call_hook(self, fn_name: str, **options: Any) -> None:
         """Call the hooks at a point that all processes pass."""
@@ -268,8 +276,7 @@ def wrapper_options(cfg: Config) -> dict[str, Any]:
 
 def _check_schedules(cfg: Config) -> None:
     epochs = (cfg.get('train_cfg') or {}).get('max_epochs')
-    schedulers: Any = cfg.get('param_scheduler') or []
-    for scheduler in [schedulers] if isinstance(schedulers, dict) else schedulers:
+    for scheduler in find_schedulers(cfg):
         begin = scheduler.get('begin', 0) if scheduler.get('by_epoch', True) else 0
         if epochs and begin >= epochs:
             raise ValueError(
@@ -323,10 +330,19 @@ def fit_batch(cfg: Config, processes: int, cpu_batch_size: int | None = None) ->
         _stretch(cfg, steps)
     text = f'batch: {processes} x {loader.batch_size} x {steps} gathered = {step * steps}'
     if step * steps != recipe:
-        wrapper.optimizer.lr *= step * steps / recipe
+        _scale_rate(cfg, step * steps / recipe)
         text += f', learning rate {wrapper.optimizer.lr:.3g} in proportion to'
     scale.enable = False  # mmengine's own would not count what is gathered
     return [*remarks, f'{text} (the recipe: {recipe})']
+
+
+def _scale_rate(cfg: Config, factor: float) -> None:
+    """Multiply the learning rate, and what schedules make of it that is not a share of it."""
+    cfg.optim_wrapper.optimizer.lr *= factor
+    for scheduler in find_schedulers(cfg):
+        if class_name(scheduler).endswith('LR'):  # others are of momentum
+            for key in {'eta_min', 'eta_max'} & scheduler.keys():
+                scheduler[key] *= factor
 
 
 def _stretch(cfg: Config, factor: int) -> None:
@@ -338,8 +354,7 @@ def _stretch(cfg: Config, factor: int) -> None:
     checkpoint = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     if not checkpoint.get('by_epoch', True) and checkpoint.get('interval', -1) > 0:
         checkpoint['interval'] *= factor
-    schedulers: Any = cfg.get('param_scheduler') or []
-    for scheduler in [schedulers] if isinstance(schedulers, dict) else schedulers:
+    for scheduler in find_schedulers(cfg):
         if not scheduler.get('by_epoch', True):
             _stretch_scheduler(scheduler, factor, max_iters)
 
@@ -375,6 +390,7 @@ def _fit_loaders(cfg: Config, launcher: str) -> list[str]:
             loader.setdefault('timeout', WORKER_TIMEOUT)
         else:
             loader.persistent_workers, loader.timeout = False, 0
+            loader.pop('prefetch_factor', None)  # torch refuses it without workers
         if not torch.cuda.is_available():
             loader.pin_memory = False
     if not wishes:

@@ -113,6 +113,12 @@ def find_datasets(cfg: Any) -> Iterator[dict[str, Any]]:
             yield node
 
 
+def find_schedulers(cfg: Any) -> list[dict[str, Any]]:
+    """The schedulers of a config, which may have a list of them, one or none."""
+    schedulers = cfg.get('param_scheduler') or []
+    return [schedulers] if isinstance(schedulers, dict) else schedulers
+
+
 def find_pipelines(cfg: Any) -> list[list[dict[str, Any]]]:
     """The pipelines of all datasets, and those that configs keep for their heirs, each once."""
     pipelines = [dataset.get('pipeline') for dataset in find_datasets(cfg)]
@@ -207,7 +213,7 @@ def _set_epochs(cfg: Any, epochs: int) -> None:
     if before is None:
         raise ValueError('settings.epochs: this config counts updates, set train_cfg.max_iters')
     cfg['train_cfg']['max_epochs'] = epochs
-    for scheduler in cfg.get('param_scheduler') or []:
+    for scheduler in find_schedulers(cfg):
         keys = (
             {'begin', 'end', 'T_max'} & scheduler.keys() if scheduler.get('by_epoch', True) else ()
         )

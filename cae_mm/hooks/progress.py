@@ -22,6 +22,7 @@ class ProgressHook(Hook):
     """Show one bar for the whole training on stderr, and log ``images_per_s`` of all processes."""
 
     priority = 'LOW'  # after the step's numbers are logged
+    stack: ExitStack | None = None
 
     @master_only
     def before_train(self, runner: Runner) -> None:
@@ -71,4 +72,10 @@ class ProgressHook(Hook):
         """Leave the full bar on the screen."""
         if self.bar.n < runner.iter:
             self._paint(runner, runner.iter)
-        self.stack.close()
+        self.close()
+
+    @master_only
+    def close(self) -> None:
+        """Let go of the bar and of the log."""
+        if self.stack:
+            self.stack.close()

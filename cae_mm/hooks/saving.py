@@ -143,5 +143,9 @@ class CheckpointHook(hooks.CheckpointHook):
         super().after_train(runner)
         if self.save_last and runner.iter >= runner.max_iters and is_main_process():
             self._remove_between(runner.message_hub.runtime_info.get('steps_between', []))
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        self.close()
+
+    def close(self) -> None:
+        """Listen to signals no longer."""
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())

@@ -6,6 +6,7 @@ from typing import Any
 
 from cae_mm.doctor.case import Case
 from cae_mm.doctor.finding import type_name
+from cae_mm.engine.settings import find_schedulers
 
 # images of the training sets that our configs are for, by the last field of a config's name
 KNOWN_IMAGES = {
@@ -88,8 +89,7 @@ def make_schedule(case: Case, images: int | None) -> Schedule | None:
 
 def _find_warm_up(case: Case, by_epoch: bool) -> float:
     """Epochs, or iterations, until the learning rate has grown to its full value."""
-    schedulers: Any = case.get('param_scheduler') or []
-    for scheduler in [schedulers] if isinstance(schedulers, dict) else schedulers:
+    for scheduler in find_schedulers(case):
         starts = type_name(scheduler) == 'LinearLR' and not scheduler.get('begin')
         if starts and scheduler.get('by_epoch', True) == by_epoch:
             return scheduler['end']

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from copy import deepcopy
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mmengine.config import Config
+from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, RUNNERS
+from mmengine.registry import DATASETS, HOOKS, MODELS, PARAM_SCHEDULERS, RUNNERS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from mmpretrain.structures import DataSample
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -20,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cae_mm.engine import CAERunner
 from cae_mm.engine.message_hub import read_scalars
 from cae_mm.engine.runner import count_processes, fit_batch, fit_config
+from cae_mm.hooks import ProgressHook
+from cae_mm.hooks.saving import SIGNALS
 
 ROOT = Path(__file__).parent.parent.parent / 'configs'
 LEAVES = sorted(path for path in ROOT.glob('*/*.py') if path.parent.name != '_base_')
@@ -180,6 +184,7 @@ def test_schedules_go_by_updates(scheduler, gathered):
             param_scheduler=param_scheduler,
             train_cfg=dict(type='IterBasedTrainLoop', max_iters=30),
             optim_wrapper=dict(optimizer=dict(lr=1.0), accumulative_counts=gathered),
+            auto_scale_lr=dict(enable=True, base_batch_size=2 * gathered),
         )
 
     cfg = make()
@@ -216,7 +221,7 @@ def test_batch_and_workers_of_the_machine(cuda, settings, batch, monkeypatch):
     cfg = toy(settings=settings)
     loader = dict(cfg.train_dataloader, num_workers=8, persistent_workers=True, pin_memory=True)
     cfg.train_dataloader = loader
-    cfg.val_dataloader = dict(loader, num_workers=0)
+    cfg.val_dataloader = dict(loader, num_workers=0, prefetch_factor=4)
     cfg.test_dataloader = dict(loader, num_workers=3)
     remarks = fit_config(cfg)
     assert 'workers: 4, one for each core (the config: 8)' in remarks
@@ -227,6 +232,48 @@ def test_batch_and_workers_of_the_machine(cuda, settings, batch, monkeypatch):
     assert [loader.num_workers for loader in loaders] == [4, 0, 3]
     assert [loader.persistent_workers for loader in loaders] == [True, False, True]
     assert [loader.pin_memory for loader in loaders] == [cuda] * 3
+    assert 'prefetch_factor' not in cfg.val_dataloader  # torch refuses it without workers
+
+
+def test_the_rate_that_a_schedule_ends_at_is_in_proportion_too():
+    momentum = dict(type='CosineAnnealingMomentum', eta_min=0.8)
+    cosine = dict(type='CosineAnnealingLR', eta_min=1e-3, T_max=3)
+    cfg = toy(param_scheduler=[cosine, momentum])
+    cfg.optim_wrapper.accumulative_counts = 1
+    fit_batch(cfg, 1)  # 2 images instead of 8
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(0.1 / 4)
+    assert [scheduler.eta_min for scheduler in cfg.param_scheduler] == [1e-3 / 4, 0.8]
+
+
+@HOOKS.register_module()
+class FailingHook(Hook):
+    def after_train_iter(self, *_, **__):
+        raise self.error
+
+
+@pytest.mark.parametrize('error', [ZeroDivisionError, KeyboardInterrupt, SystemExit])
+def test_a_failed_run_leaves_nothing_behind(tmp_path, error, monkeypatch):
+    """Signals are the program's again; where a run was told to end they are still listened to."""
+    monkeypatch.setattr(FailingHook, 'error', error, raising=False)
+    before = [signal.getsignal(number) for number in SIGNALS]
+    cfg = toy(
+        work_dir=str(tmp_path),
+        experiment_name=tmp_path.name,
+        default_hooks=dict(checkpoint=dict(type='cae_mm.CheckpointHook', interval=1)),
+        custom_hooks=[dict(type='cae_mm.ProgressHook'), dict(type='FailingHook')],
+    )
+    runner = CAERunner.from_cfg(cfg)
+    try:
+        with pytest.raises(error):
+            runner.train()
+        after = [signal.getsignal(number) for number in SIGNALS]
+        assert (after == before) == (error is not SystemExit)
+        [bar] = [hook.bar for hook in runner.hooks if isinstance(hook, ProgressHook)]
+        assert bar.disable == (error is not SystemExit)  # what tqdm calls closed
+    finally:
+        for hook in runner.hooks[:]:
+            getattr(hook, 'close', lambda: None)()
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_processes_of_the_launchers(monkeypatch):

@@ -217,6 +217,9 @@ def test_epochs_move_milestones_and_are_not_for_iterations():
     cfg.param_scheduler = [dict(type='MultiStepLR', by_epoch=True, milestones=[9, 11])]
     apply_settings(cfg, epochs=4)
     assert cfg.param_scheduler[0].milestones == [3, 4]
+    cfg.param_scheduler = dict(type='CosineAnnealingLR', by_epoch=True, T_max=4)  # one alone
+    apply_settings(cfg, epochs=8)
+    assert cfg.param_scheduler.T_max == 8
 
 
 @pytest.mark.parametrize('name', LEAVES)
