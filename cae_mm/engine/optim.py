@@ -78,7 +78,8 @@ class LARS(torch.optim.Optimizer):
     have neither weight decay nor scaling, and momentum gathers gradients, not steps. mmpretrain's
     ``LARS`` gathers steps and reads each norm back from the device.
 
-    As torch's fused optimizers it leaves everything as it is where ``found_inf`` is 1.
+    As torch's fused optimizers it leaves everything as it is where ``found_inf`` is 1, and takes
+    gradients that loss scaling has multiplied by ``grad_scale``, without waiting for the device.
 
     Args:
         params: Parameters or groups of them.
@@ -88,7 +89,8 @@ class LARS(torch.optim.Optimizer):
         trust_coefficient: Norm of a step, before the learning rate, over that of the tensor.
     """
 
-    found_inf: Tensor | None = None  # scalar 0.0 or 1.0 on the device, set for a step
+    _step_supports_amp_scaling = True  # torch's GradScaler sets both scalars for a step
+    found_inf: Tensor | None = None  # 0.0 or 1.0, on the device
 
     def __init__(
         self,
@@ -112,6 +114,8 @@ class LARS(torch.optim.Optimizer):
         return loss
 
     def _update(self, param: Tensor, step: Tensor, group: dict[str, Any]) -> None:
+        if (grad_scale := getattr(self, 'grad_scale', None)) is not None:
+            step = step / grad_scale
         if param.ndim > 1:
             step = step + group['weight_decay'] * param
             norm, step_norm = param.norm(), step.norm()

@@ -128,3 +128,34 @@ def test_lars_skips_frozen_parameters_and_resumes_exactly():
     resumed, state = run(4, run(2), start=2)
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert len(state['state']) == 2  # weight and bias, nothing of the frozen layer
+
+
+def test_lars_under_loss_scaling(monkeypatch):
+    """The update is that of unscaled gradients, none where they overflowed; nothing is read."""
+
+    def run(scaler, broken=False):
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 2)
+        optimizer = LARS(layer.parameters(), lr=0.1, weight_decay=0.1)
+        for step in range(2):
+            optimizer.zero_grad()
+            loss = layer(torch.full((1, 3), step + 1.0)).square().sum()
+            loss = loss * torch.inf if broken and step else loss
+            if scaler is None:
+                loss.backward()
+                optimizer.step()
+            else:
+                scaler.scale(loss).backward()
+                with monkeypatch.context() as patch:
+                    patch.setattr(torch.Tensor, 'item', None)
+                    scaler.step(optimizer)
+                scaler.update()
+            if broken and not step:
+                before = layer.weight.detach().clone()
+        return layer.weight.detach(), before if broken else None
+
+    plain, _ = run(None)
+    scaled, _ = run(torch.amp.GradScaler('cpu', init_scale=2.0**10))
+    torch.testing.assert_close(scaled, plain)
+    after, before = run(torch.amp.GradScaler('cpu', init_scale=2.0**10), broken=True)
+    assert torch.equal(after, before)
