@@ -72,9 +72,10 @@ class SinCosPositions(nn.Module):
     def forward(self, grid: Grid, device: torch.device) -> Tensor:
         """Return the float32 positions of ``grid``, shape (rows * columns, D)."""
         if (grid, device) not in self._tables:
+            table = self._build(grid, device)
             if len(self._tables) == MAX_CACHED_GRIDS:
-                del self._tables[next(iter(self._tables))]  # the oldest
-            self._tables[grid, device] = self._build(grid).to(device)
+                del self._tables[next(key for key in self._tables if key[0] != self.base_grid)]
+            self._tables[grid, device] = table
         return self._tables[grid, device]
 
     def set_base_grid(self, base_grid: Grid) -> None:
@@ -110,10 +111,10 @@ class SinCosPositions(nn.Module):
         )  # [1, D, B * h, w]
         return positions[0].flatten(1).T.reshape(-1, grid[0] * grid[1], self.dim)
 
-    def _build(self, grid: Grid) -> Tensor:
+    def _build(self, grid: Grid, device: torch.device) -> Tensor:
         if self.base_grid is None or grid == self.base_grid:
-            return sincos_positions(grid, self.dim)
-        table = sincos_positions(self.base_grid, self.dim)
+            return sincos_positions(grid, self.dim).to(device)
+        table = self(self.base_grid, device)  # resized there: no other one waits for a copy
         return resize_bicubically(table, self.base_grid, grid).contiguous()
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cae_mm.models.positions import (
+    MAX_CACHED_GRIDS,
     SinCosPositions,
     num_relative_positions,
     relative_position_index,
@@ -165,3 +166,18 @@ def test_positions_are_cached_and_not_saved():
     assert not list(positions.parameters())
     assert not positions.state_dict()
     assert positions.double()((4, 4), CPU).dtype == torch.float32
+
+
+def test_other_grids_do_not_drive_out_the_one_that_they_are_made_of(monkeypatch):
+    built = []
+    monkeypatch.setattr(
+        'cae_mm.models.positions.sincos_positions',
+        lambda *args: built.append(args) or sincos_positions(*args),
+    )
+    positions = SinCosPositions(16, base_grid=(4, 4))
+    first = positions((2, 3), CPU)
+    for rows in range(5, 5 + 2 * MAX_CACHED_GRIDS):
+        positions((rows, 3), CPU)
+    assert len(positions._tables) == MAX_CACHED_GRIDS
+    equal(positions((2, 3), CPU), first)  # made anew
+    assert built == [((4, 4), 16)]
