@@ -33,11 +33,12 @@ Split = tuple[np.ndarray, np.ndarray]  # features (N, D) float32, class indices 
 
 def check_class_sizes(labels: np.ndarray, names: Sequence[str]) -> None:
     """Raise ValueError if a class is too small for a part of it to be held out."""
-    small = [name for name, n in zip(names, np.bincount(labels), strict=True) if n < 2]
+    counts = np.bincount(labels, minlength=len(names))
+    small = [name for name, count in zip(names, counts, strict=True) if count < 2]
     if small:
         raise ValueError(
-            'a part of each class is held out to pick C and learning rate, but these have one '
-            f'training image only: {", ".join(small[:5])}. Add images, or choose --probes knn'
+            'a part of each class is held out to pick C and learning rate, but these have fewer '
+            f'than two training images: {", ".join(small[:5])}. Add images, or choose --probes knn'
         )
 
 

@@ -37,7 +37,8 @@ class KNNHook(Hook):
         max_images: Take at most so many images of each folder, drawn at random once and for all.
         feature: 'mean' of the patch tokens, or 'cls', the class token.
         precision: Of matrix products and convolutions, see ``choose_precision``.
-        batch_size, num_workers: Images in a batch and their readers, for each process.
+        batch_size, num_workers: Images in a batch and their readers, for each process; None: four
+            readers beside a GPU, else as many as there are cores.
     """
 
     priority = 'LOW'
@@ -53,7 +54,7 @@ class KNNHook(Hook):
         feature: str = 'mean',
         precision: str = 'auto',
         batch_size: int = 64,
-        num_workers: int = 0,
+        num_workers: int | None = None,
     ) -> None:
         self.folders = (train, val)
         self.interval = interval

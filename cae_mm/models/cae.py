@@ -246,15 +246,15 @@ class CAE(BaseSelfSupervisor):
             self._update_teacher(self.teacher_momentum)
         return self.encode(images, ids_m, teacher=True)
 
-    def make_target(self, inputs: Sequence[Tensor], ids_m: Tensor, grid: Grid) -> Tensor:
-        """Tokens or pixels of the masked patches."""
+    def make_target(self, inputs: Sequence[Tensor], ids: Tensor, grid: Grid) -> Tensor:
+        """What is to be predicted of the patches ``ids``: tokens (B, M), or values (B, M, K)."""
         view = self.target_generator.view
         if len(inputs) <= view:
             raise ValueError(
                 f'{type(self.target_generator).__name__} reads view {view + 1}, but inputs has '
                 f'{len(inputs)} view(s): give TwoViewResizedCrop a second_size'
             )
-        return self.target_generator.targets(inputs[view], ids_m, grid)
+        return self.target_generator.targets(inputs[view], ids, grid)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask: Tensor, regress: bool = True) -> Tensor:
@@ -315,6 +315,12 @@ class CAE(BaseSelfSupervisor):
             raise ValueError(
                 f'neck.in_dims is {neck.in_dims}, but must be {encoder.embed_dims}, the width of '
                 'the backbone'
+            )
+        channels = encoder.patch_embed.proj.in_channels
+        if channels != 3:
+            raise ValueError(
+                f'backbone.in_channels is {channels}, but views, their normalisation and targets '
+                'have 3 channels: leave it out'
             )
         out_dims = target.out_dims(encoder.patch_size)
         if neck.out_dims != out_dims:

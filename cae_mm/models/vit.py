@@ -129,8 +129,9 @@ class CAEViT(PretrainedModule):
 
     def _check_options(self, global_blocks: Sequence[int]) -> None:
         depth, frozen, window = self.depth, self.frozen_stages, self.window_size
-        if self.out_type not in OUT_TYPES:
-            raise ValueError(f"Unknown out_type '{self.out_type}': choose one of {OUT_TYPES}")
+        _check_out_type(self.out_type)
+        if list(self.out_indices) != sorted(set(self.out_indices)):
+            raise ValueError(f'out_indices must ascend, as blocks do: not {self.out_indices}')
         if not -1 <= frozen <= depth:
             raise ValueError(f'frozen_stages must be in [-1, {depth}], not {frozen}')
         if self.bias_grid and self.unpadded_positions:
@@ -195,6 +196,7 @@ class CAEViT(PretrainedModule):
             images = F.pad(images, (0, -W % p, 0, -H % p))
         grid = grid_of(images.shape[-2:], p)
         out_type = out_type or self.out_type
+        _check_out_type(out_type)
         x = self._embed(images, grid)
         outs, last = [], max(self.out_indices)
         for i, block in enumerate(islice(self.blocks, last + 1)):  # torch 2.4 exports no slice
@@ -295,6 +297,11 @@ class CAEViT(PretrainedModule):
             if not -self.depth <= index < self.depth:
                 raise ValueError(f'{option} has {index}, but there are {self.depth} blocks')
         return tuple(index % self.depth for index in indices)
+
+
+def _check_out_type(out_type: str) -> None:
+    if out_type not in OUT_TYPES:
+        raise ValueError(f"Unknown out_type '{out_type}': choose one of {OUT_TYPES}")
 
 
 def _format(x: Tensor, grid: Grid, out_type: str, norm: nn.Module) -> Tensor:

@@ -121,7 +121,7 @@ def test_hold_out_is_stratified_and_seeded(num_classes):
     assert (hold_out((features, labels), seed=1)[1][0] != x_out).any()
 
 
-def test_classes_of_one_image_are_named():
+def test_classes_of_one_image_or_none_are_named():
     check_class_sizes(np.array([0, 1, 1, 0]), ['cat', 'dog'])
-    with pytest.raises(ValueError, match='these have one training image only: cat. Add images'):
-        check_class_sizes(np.array([0, 1, 1]), ['cat', 'dog'])
+    with pytest.raises(ValueError, match='fewer than two training images: cat, bird. Add images'):
+        check_class_sizes(np.array([0, 1, 1]), ['cat', 'dog', 'bird'])

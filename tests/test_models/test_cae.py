@@ -268,3 +268,8 @@ def test_a_step_on_a_gpu_never_waits_for_it(target):
 def test_widths_that_do_not_fit_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         build_cae(neck=changes)
+
+
+def test_images_with_other_channels_are_refused():
+    with pytest.raises(ValueError, match='backbone.in_channels is 4, but views, .* have 3'):
+        build_cae(backbone=dict(in_channels=4))

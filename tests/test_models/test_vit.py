@@ -140,6 +140,8 @@ def test_out_types_are_views_of_the_same_tokens():
     assert raw.shape == (2, 1 + 24, 16)
     torch.testing.assert_close(outs['cls_token'], raw[:, 0])
     vit = build(out_type='raw', final_norm=False)
+    with pytest.raises(ValueError, match="Unknown out_type 'tokens'"):
+        vit(images, 'tokens')
     [tokens] = vit(images)  # before the final norm
     equal(outs['avg_featmap'], build().norm(tokens[:, 1:].mean(1)))
     assert outs['featmap'].shape == (2, 16, 4, 6)
@@ -171,6 +173,8 @@ def test_out_indices_select_blocks_and_only_the_last_is_normalised():
     [
         (dict(out_indices=3), 'out_indices has 3, but there are 3 blocks'),
         (dict(out_indices=(0, -4)), 'out_indices has -4, but there are 3 blocks'),
+        (dict(out_indices=(2, 0)), r'out_indices must ascend, as blocks do: not \(2, 0\)'),
+        (dict(out_indices=(1, -2)), r'out_indices must ascend, as blocks do: not \(1, 1\)'),
         (dict(out_type='tokens'), "Unknown out_type 'tokens': choose one of .*'avg_featmap'"),
         (dict(frozen_stages=4), r'frozen_stages must be in \[-1, 3\], not 4'),
         (dict(frozen_stages=-2), r'frozen_stages must be in \[-1, 3\], not -2'),

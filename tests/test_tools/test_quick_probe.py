@@ -108,7 +108,7 @@ def test_classes_must_be_the_same_and_large_enough(work):
     (work / 'val/z').rename(work / 'val/a')
     for path in list((work / 'train/b').iterdir())[1:]:
         path.unlink()
-    with pytest.raises(ValueError, match='one training image only: b'):
+    with pytest.raises(ValueError, match='fewer than two training images: b'):
         probe()
     probe('epoch_3.pth', '--probes', 'knn')
 

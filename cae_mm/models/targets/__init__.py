@@ -1,4 +1,4 @@
-"""Reconstruction targets: tokens of DALL-E, of an own d-VAE, of an own encoder; pixels."""
+"""Targets: tokens of DALL-E, of an own d-VAE or encoder; pixels, HOG, features of a model."""
 
 from cae_mm.models.targets.dalle import DALLEDecoder, DALLEEncoder
 from cae_mm.models.targets.dvae import DiscreteVAE

@@ -1,4 +1,4 @@
-"""What all tokenizers share: one discrete token per patch of the second view."""
+"""What all tokenizers share: one discrete token for each patch of the encoder."""
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +18,7 @@ class Tokenizer(PretrainedModule):
     """
 
     view = 1
-    reduction = 8  # pixels of the second view per token, along each side
+    reduction = 8  # pixels per token of that view, along each side
     vocab_size: int
 
     def out_dims(self, patch_size: int) -> int:
@@ -27,7 +27,7 @@ class Tokenizer(PretrainedModule):
 
     @abstractmethod
     def encode_features(self, images: Tensor) -> Tensor:
-        """Features before the output layer: (B, 3, h, w) -> (B, C, h/8, w/8)."""
+        """Features before the output layer: images (B, 3, H, W) -> (B, C, h, w) tokens."""
 
     @abstractmethod
     def classify(self, features: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class Tokenizer(PretrainedModule):
         """Tokens of the patches ``ids``, without logits for any other patch.
 
         Args:
-            images: Normalised second view, shape (B, 3, h, w).
+            images: Normalised, the view that the class says, shape (B, 3, H, W).
             ids: Indices of patches, shape (B, M).
             grid: Rows and columns of the encoder's patches.
 
@@ -59,8 +59,8 @@ class Tokenizer(PretrainedModule):
 
     @torch.no_grad()
     def tokenize(self, images: Tensor) -> Tensor:
-        """Tokens of whole images, int64 with shape (B, h/8, w/8)."""
-        features = self.encode_features(images).movedim(1, -1)  # [B, h/8, w/8, C]
+        """Tokens of whole images, int64 with shape (B, h, w)."""
+        features = self.encode_features(images).movedim(1, -1)  # [B, h, w, C]
         return self.classify(features).argmax(-1)
 
     def explain_missing_weights(self) -> str:
