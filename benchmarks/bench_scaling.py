@@ -22,7 +22,7 @@ from mmengine.registry import MODEL_WRAPPERS, MODELS
 from mmpretrain.structures import DataSample
 
 import cae_mm.registry  # noqa: F401
-from cae_mm.engine.runner import wrapper_options
+from cae_mm.engine.fitting import wrapper_options
 from cae_mm.precision import choose_precision
 
 BATCH, WIDTH, HEADS = 8, 384, 6

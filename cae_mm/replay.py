@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from cae_mm.checkpoints.files import read_checkpoint
 from cae_mm.engine.faults import Batch, Fault, read_fault
 from cae_mm.engine.runner import CAERunner
-from cae_mm.hooks.training import ScheduleHook
+from cae_mm.hooks.schedules import ScheduleHook
 from cae_mm.seeds import STEP, seed_everything_for
 
 

@@ -146,7 +146,7 @@ def test_a_fresh_process_finds_everything(preamble):
     command = [sys.executable, '-W', 'ignore', '-c', script]
     root = Path(cae_mm.__file__).parents[1]
     run = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    modules = ['cae_mm.models.vit', 'cae_mm.datasets.masking', 'cae_mm.hooks.training']
+    modules = ['cae_mm.models.vit', 'cae_mm.datasets.masking', 'cae_mm.hooks.schedules']
     assert run.stdout.split()[-3:] == modules, run.stderr
 
 

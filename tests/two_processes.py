@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from cae_mm.engine import CAERunner
-from cae_mm.hooks.checkpoint import unwrap
+from cae_mm.engine.processes import unwrap
 
 IMAGES, WIDTH, CLASSES = 12, 16, 3
 ENCODER = dict(

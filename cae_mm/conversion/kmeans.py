@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from cae_mm.checkpoints.files import write_safetensors
 from cae_mm.datasets.resumable import ResumableLoader
-from cae_mm.engine.runner import fit_config
+from cae_mm.engine.fitting import fit_config
 from cae_mm.evaluation.encoder import load_backbone, read_normalizer
 from cae_mm.evaluation.tokens import describe_usage
 from cae_mm.models import CAEViT, KMeansTokenizer, describe_model

@@ -20,7 +20,7 @@ from mmengine.registry import MODELS, TRANSFORMS, DefaultScope, Registry
 
 from cae_mm.doctor.finding import Finding
 from cae_mm.engine.cli import RUNNER_KEYS, load_config
-from cae_mm.engine.runner import fit_batch
+from cae_mm.engine.fitting import fit_batch
 from cae_mm.engine.settings import LOADERS
 from cae_mm.models import CAE, CAEDataPreprocessor, CAEViT
 

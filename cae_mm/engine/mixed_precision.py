@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from mmengine.device import get_device
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import clip_grad_norm_
 
 from cae_mm.engine.optim import LARS
+from cae_mm.engine.processes import unwrap
 from cae_mm.precision import Precision, choose_precision
 from cae_mm.registry import OPTIM_WRAPPERS
 
@@ -72,9 +72,8 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
             stack.enter_context(_keep_statistics_finite(model))
             if self.modules is None:
                 stack.enter_context(self.precision.autocast(self.device_type))
-            inner: Any = model.module if is_model_wrapper(model) else model
             for name in self.modules or ():
-                module = getattr(inner, name)
+                module = getattr(unwrap(model), name)
                 stack.enter_context(_autocast_inside(module, self.precision, self.device_type))
             yield
 

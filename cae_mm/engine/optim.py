@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import Tensor, nn
 
+from cae_mm.engine.processes import unwrap
 from cae_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 
 # beside 1-D parameters: class token and positions (official ``no_weight_decay``), and relative
@@ -34,9 +34,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the wrapper for ``model``."""
-        wrapper: Any = model
-        model = wrapper.module if is_model_wrapper(wrapper) else model
-        optimizer = OPTIMIZERS.build(dict(self.optimizer_cfg, params=self._param_groups(model)))
+        params = self._param_groups(unwrap(model))
+        optimizer = OPTIMIZERS.build(dict(self.optimizer_cfg, params=params))
         wrapper_cfg = dict(type='OptimWrapper') | self.optim_wrapper_cfg
         return OPTIM_WRAPPERS.build(wrapper_cfg, default_args=dict(optimizer=optimizer))
 

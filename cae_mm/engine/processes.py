@@ -1,10 +1,12 @@
-"""What one of several processes does for all."""
+"""Several processes: what one does for all, how they find each other, what wraps the model."""
 
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from torch import nn
 from torch.distributed import PrefixStore, TCPStore
 
 T = TypeVar('T')
@@ -22,6 +24,13 @@ def on_main_process(function: Callable[..., T], *args: Any, **options: Any) -> T
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def unwrap(model: Any) -> nn.Module:
+    """Take a model out of the wrappers of distributed training and test time augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
 
 
 def count_restarts() -> int:

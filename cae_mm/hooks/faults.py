@@ -21,9 +21,8 @@ from cae_mm.checkpoints.whole import find_last_whole
 from cae_mm.engine.faults import Batch, Fault
 from cae_mm.engine.message_hub import read_scalars
 from cae_mm.engine.mixed_precision import MixedPrecisionOptimWrapper
-from cae_mm.engine.processes import on_main_process
+from cae_mm.engine.processes import on_main_process, unwrap
 from cae_mm.engine.sharding import gathered_state, is_sharded, shard_optimizer_state
-from cae_mm.hooks.checkpoint import unwrap
 from cae_mm.registry import HOOKS
 
 

@@ -9,6 +9,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
+from cae_mm.engine.processes import unwrap
 from cae_mm.engine.sharding import gathered_weights
 from cae_mm.evaluation.encoder import Encoder, read_size
 from cae_mm.evaluation.features import (
@@ -18,7 +19,6 @@ from cae_mm.evaluation.features import (
     subset_rows,
 )
 from cae_mm.evaluation.knn import check_neighbors, knn_accuracies
-from cae_mm.hooks.checkpoint import unwrap
 from cae_mm.registry import HOOKS
 
 

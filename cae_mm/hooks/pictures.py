@@ -12,8 +12,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from mmengine.visualization import MLflowVisBackend
 
+from cae_mm.engine.processes import unwrap
 from cae_mm.engine.sharding import gathered_weights, is_sharded
-from cae_mm.hooks.checkpoint import unwrap
 from cae_mm.models import CAE
 from cae_mm.registry import HOOKS
 from cae_mm.visualization.attention import (

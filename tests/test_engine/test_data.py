@@ -13,7 +13,7 @@ from mmpretrain.datasets import CustomDataset
 
 from cae_mm.engine import CAERunner
 from cae_mm.engine.data import check_datasets, read_categories
-from cae_mm.engine.runner import fit_config
+from cae_mm.engine.fitting import fit_config
 
 
 @TRANSFORMS.register_module()

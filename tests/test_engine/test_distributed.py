@@ -23,7 +23,7 @@ from cae_mm.checkpoints import read_checkpoint
 from cae_mm.checkpoints.description import KEY
 from cae_mm.engine import sharding
 from cae_mm.engine.faults import read_fault
-from cae_mm.engine.runner import fit_config, wrapper_options
+from cae_mm.engine.fitting import fit_config, wrapper_options
 from cae_mm.hooks.saving import TRY_AGAIN
 from cae_mm.replay import replay
 

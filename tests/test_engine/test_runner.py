@@ -20,8 +20,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cae_mm.engine import CAERunner
+from cae_mm.engine.fitting import count_processes, fit_batch, fit_config
 from cae_mm.engine.message_hub import read_scalars
-from cae_mm.engine.runner import count_processes, fit_batch, fit_config
 from cae_mm.hooks import ProgressHook
 from cae_mm.hooks.saving import SIGNALS
 

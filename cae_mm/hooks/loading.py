@@ -9,16 +9,14 @@ from typing import Any
 
 from mmengine.dist import all_gather_object
 from mmengine.hooks import Hook
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import BaseLoop, Runner
 from mmengine.runner.checkpoint import CheckpointLoader
-from torch import nn
 
 from cae_mm.checkpoints.description import KEY
 from cae_mm.checkpoints.files import Checkpoint, read_checkpoint
 from cae_mm.checkpoints.pretrained import check_share, find_file, log_match, match_weights
 from cae_mm.checkpoints.whole import check_whole, find_last_whole, list_checkpoints
-from cae_mm.engine.processes import count_restarts, on_main_process
+from cae_mm.engine.processes import count_restarts, on_main_process, unwrap
 from cae_mm.models.description import describe_model
 from cae_mm.registry import HOOKS
 
@@ -138,10 +136,3 @@ def forget_files_elsewhere(checkpoint: dict[str, Any], work_dir: Path) -> None:
             del info[key]
     if not all(type(number) is int for number in info.get('keep_ckpt_ids', [])):
         del info['keep_ckpt_ids']
-
-
-def unwrap(model: Any) -> nn.Module:
-    """Take a model out of the wrappers of distributed training and test time augmentation."""
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    return model

@@ -6,7 +6,7 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from cae_mm.hooks.checkpoint import unwrap
+from cae_mm.engine.processes import unwrap
 from cae_mm.registry import HOOKS
 
 
