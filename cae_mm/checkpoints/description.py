@@ -29,6 +29,8 @@ class EncoderDescription:
     final_norm: bool  # whether there is one
     # whether it is applied to the mean of the patch tokens (fine-tuning) rather than to each token
     pooled_norm: bool
+    window_size: int | None = None  # side in patches of the windows of attention; None: global
+    global_blocks: tuple[int, ...] = ()  # that attend globally where the others have windows
     # of the images per channel, in [0, 255], in the order that the encoder sees; None: not known
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -47,6 +49,8 @@ class EncoderDescription:
 
     def _check_sizes(self) -> None:
         numbers = [self.embed_dims, self.depth, self.num_heads, self.patch_size, self.in_channels]
+        if self.window_size is not None:
+            numbers.append(self.window_size)
         for height, width in (self.img_size, self.pretrain_img_size):
             numbers += [height, width]
             if height * width > MAX_PATCHES * self.patch_size**2:

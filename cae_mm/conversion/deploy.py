@@ -83,21 +83,24 @@ def export_encoder(model: ExportedEncoder, size: tuple[int, int], path: Path) ->
     Raises:
         ImportError: If what ONNX needs is not installed.
         ValueError: If the file's kind is unknown, the model is too large for ONNX, or the file
-            does not return what the model returns; then it is deleted.
+            does not return what the model returns; then an earlier one stays as it is.
     """
     _check_kind(model, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     images = model.draw_images(2, size)
     model(images)  # positions of this size are made now, not in the graph
+    new = path.with_name(f'unfinished_{path.name}')
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of constants in a trace, of torch's own reader
-            run = WRITERS[path.suffix](model, images, path)
+            run = WRITERS[path.suffix](model, images, new)
         difference = _compare(run, model, size)
+        new.replace(path)
     except Exception as error:
-        path.unlink(missing_ok=True)
-        raise ValueError(f'{path} was not kept: {error}') from error
+        raise ValueError(f'{path} was not written: {error}') from error
+    finally:
+        new.unlink(missing_ok=True)
     _write_card(model, size, path, difference)
     return difference
 

@@ -100,7 +100,7 @@ def export_checkpoint(
     beside = usage.replace(
         str(place), place.name
     )  # as the card, which lies beside the file, has it
-    code = TARGETS[target].code.format(usage=beside)
+    code = network.code.format(usage=beside)
     card = write_card(
         place,
         description,
@@ -153,6 +153,11 @@ def _fill(
     if TARGETS[target].needs_norm and not description.final_norm:
         raise ValueError(
             'it has no final norm (it is of dense prediction), the network there always does'
+        )
+    if description.window_size is not None:
+        raise ValueError(
+            f'its blocks attend within windows of {description.window_size} patches, no network '
+            'there does'
         )
     network = TARGETS[target].build(description, state)
     computed = fixed_tensors(description, state)

@@ -31,6 +31,8 @@ class Network(NamedTuple):
     module: nn.Module | None = None  # None if there is none to compare our features with
     # its tokens, or the normalised mean of the patch tokens
     features: Callable[[Tensor], Tensor] = nn.Identity()
+    # for the card: Python around what loads it, from ``images`` to ``features``; '' for no package
+    code: str = ''
 
 
 class Target(NamedTuple):
@@ -40,8 +42,6 @@ class Target(NamedTuple):
     places: tuple[str, ...] = ('backbone', 'head')  # parts of our model that it takes
     needs_norm: bool = False  # whether its network always has a final norm
     suffix: str = ''  # of the file that is written; '' for a folder
-    # of its card: Python around what loads it, for ``images``; '' where there is no package
-    code: str = ''
 
 
 def _build_mmpretrain(d: EncoderDescription, state: State) -> Network:
@@ -75,15 +75,18 @@ def _build_mmpretrain(d: EncoderDescription, state: State) -> Network:
         init_cfg = dict(type='Pretrained', checkpoint=str(place), prefix='backbone.')
         return f'backbone={config | dict(init_cfg=init_cfg)}'
 
-    return Network(MMPRETRAIN, write, model, lambda images: backbone(images)[0])
+    code = (
+        'import mmpretrain.models\nfrom mmengine.registry import MODELS\n\n{usage}\n'
+        'model = MODELS.build(backbone)\nmodel.init_weights()\nmodel.eval()\n'
+        '[features] = model(images)'
+    )
+    return Network(MMPRETRAIN, write, model, lambda images: backbone(images)[0], code)
 
 
 def _build_timm(d: EncoderDescription, state: State) -> Network:
     """Make a ``Beit`` of any size."""
     timm = _require('timm')
-    model = timm.create_model(
-        'beit_base_patch16_224',  # the class is Beit; all of its sizes are given below
-        pretrained=False,
+    options = dict(
         img_size=d.img_size,
         patch_size=d.patch_size,
         in_chans=d.in_channels,
@@ -97,16 +100,21 @@ def _build_timm(d: EncoderDescription, state: State) -> Network:
         global_pool='avg' if d.pooled_norm else 'token',
         num_classes=len(state.get('head.fc.weight', ())),
     )
+    # the class is Beit; all of its sizes are given
+    model = timm.create_model('beit_base_patch16_224', pretrained=False, **options)
 
     def features(images: Tensor) -> Tensor:
         tokens = model.forward_features(images)
         return model.forward_head(tokens, pre_logits=True) if d.pooled_norm else tokens
 
     def write(place: Path, weights: State) -> str:
-        timm.models.save_for_hf(model, place, safe_serialization=True)
+        timm.models.save_for_hf(model, place, model_args=options, safe_serialization=True)
         return f"timm.create_model('local-dir:{place}', pretrained=True)"
 
-    return Network(OFFICIAL_FINETUNED, write, model, features)
+    code = 'import timm\n\nmodel = {usage}.eval()\nfeatures = model.forward_features(images)'
+    if d.pooled_norm:
+        code += '\nfeatures = model.forward_head(features, pre_logits=True)'
+    return Network(OFFICIAL_FINETUNED, write, model, features, code)
 
 
 def _build_huggingface(d: EncoderDescription, state: State) -> Network:
@@ -129,16 +137,17 @@ def _build_huggingface(d: EncoderDescription, state: State) -> Network:
         use_mean_pooling=d.pooled_norm,
     )
     model = transformers.BeitModel(config)
+    output = 'pooler_output' if d.pooled_norm else 'last_hidden_state'
 
     def features(images: Tensor) -> Tensor:
-        output = model(images)
-        return output.pooler_output if d.pooled_norm else output.last_hidden_state
+        return getattr(model(images), output)
 
     def write(place: Path, weights: State) -> str:
         model.save_pretrained(place)
         return f"transformers.BeitModel.from_pretrained('{place}')"
 
-    return Network(HUGGINGFACE, write, model, features)
+    code = f'import transformers\n\nmodel = {{usage}}.eval()\nfeatures = model(images).{output}'
+    return Network(HUGGINGFACE, write, model, features, code)
 
 
 def _build_official(d: EncoderDescription, state: State) -> Network:
@@ -157,25 +166,9 @@ def _build_official(d: EncoderDescription, state: State) -> Network:
 
 
 TARGETS = {
-    'mmpretrain': Target(
-        _build_mmpretrain,
-        suffix='.pth',
-        code='import mmpretrain.models\nfrom mmengine.registry import MODELS\n\n{usage}\n'
-        'model = MODELS.build(backbone)\nmodel.init_weights()\nmodel.eval()\n'
-        '[features] = model(images)',
-    ),
-    'timm': Target(
-        _build_timm,
-        needs_norm=True,
-        code='import timm\n\nmodel = {usage}.eval()\nfeatures = model.forward_features(images)',
-    ),
-    'huggingface': Target(
-        _build_huggingface,
-        places=('backbone',),
-        needs_norm=True,
-        code='import transformers\n\nmodel = {usage}.eval()\n'
-        'features = model(images).last_hidden_state',
-    ),
+    'mmpretrain': Target(_build_mmpretrain, suffix='.pth'),
+    'timm': Target(_build_timm, needs_norm=True),
+    'huggingface': Target(_build_huggingface, places=('backbone',), needs_norm=True),
     'official': Target(_build_official, places=('backbone', 'neck', 'head'), suffix='.pth'),
 }
 

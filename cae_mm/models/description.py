@@ -53,5 +53,7 @@ def build_encoder(description: EncoderDescription, **options: Any) -> CAEViT:
         mlp_ratio=d.mlp_ratio,
         use_rel_pos_bias=d.use_rel_pos_bias,
         final_norm=d.final_norm,
+        window_size=d.window_size,
+        global_blocks=d.global_blocks,
         **options,
     )

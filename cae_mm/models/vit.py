@@ -105,8 +105,8 @@ class CAEViT(PretrainedModule):
         self.unpadded_positions = unpadded_positions
         self.bias_grid = self.grid if use_rel_pos_bias else None
         self.window_size = window_size
-        global_blocks = self._resolve_indices('global_blocks', global_blocks)
-        self._check_options(global_blocks)
+        self.global_blocks = self._resolve_indices('global_blocks', global_blocks)
+        self._check_options()
 
         self.patch_embed = PatchEmbed(in_channels, patch_size, self.embed_dims)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dims))
@@ -120,14 +120,14 @@ class CAEViT(PretrainedModule):
                 drop_path=rate,
                 layer_scale=arch['layer_scale'],
                 bias_grid=self.bias_grid,
-                window_size=None if i in global_blocks else window_size,
+                window_size=None if i in self.global_blocks else window_size,
             )
             for i, rate in enumerate(linear_drop_path(drop_path_rate, self.depth))
         )
         self.norm = LayerNorm(self.embed_dims) if final_norm else nn.Identity()
         self._freeze_stages()
 
-    def _check_options(self, global_blocks: Sequence[int]) -> None:
+    def _check_options(self) -> None:
         depth, frozen, window = self.depth, self.frozen_stages, self.window_size
         _check_out_type(self.out_type)
         if list(self.out_indices) != sorted(set(self.out_indices)):
@@ -143,7 +143,7 @@ class CAEViT(PretrainedModule):
             raise ValueError('windows have no relative position bias: choose one of the two')
         if window is not None and window < 1:
             raise ValueError(f'window_size must be at least 1, not {window}')
-        if window is None and global_blocks:
+        if window is None and self.global_blocks:
             raise ValueError('global_blocks needs a window_size: without one all blocks are global')
 
     def init_default_weights(self) -> None:
@@ -225,6 +225,8 @@ class CAEViT(PretrainedModule):
             use_rel_pos_bias=self.bias_grid is not None,
             final_norm=not isinstance(self.norm, nn.Identity),
             pooled_norm=self.out_type == 'avg_featmap',
+            window_size=self.window_size,
+            global_blocks=self.global_blocks,
         )
 
     def set_pretrain_size(self, size: tuple[int, int]) -> None:

@@ -13,14 +13,14 @@ import yaml
 from mmengine.registry import MODELS
 
 import cae_mm.conversion.export as export_module
-from cae_mm.checkpoints import Checkpoint, read_checkpoint
+from cae_mm.checkpoints import Checkpoint, EncoderDescription, read_checkpoint
 from cae_mm.checkpoints.files import write_safetensors
 from cae_mm.checkpoints.pretrained import strip_prefix
 from cae_mm.conversion import convert_checkpoint, export_checkpoint
 from cae_mm.conversion.card import UNKNOWN, write_card
 from cae_mm.conversion.convert import Conversion
 from cae_mm.conversion.targets import TARGETS
-from cae_mm.models import CAEViT
+from cae_mm.models import CAEViT, build_encoder
 
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 OPTIONS = dict(num_heads=3, img_size=12)
@@ -79,12 +79,12 @@ def load_huggingface(usage, path):
 
 
 def run_card(path):
-    """Rows of a card's table, and the features that its code computes."""
+    """Rows of a card's table, and the images and features of its code."""
     _, header, text = path.read_text().split('---\n', 2)
     assert yaml.safe_load(header)['pipeline_tag'] == 'image-feature-extraction'
     values = {}
     exec(re.search(r'```python\n(.*)```', text, re.DOTALL)[1], values)
-    return read_rows(text), values['features']
+    return read_rows(text), values['images'], values['features']
 
 
 def read_rows(text):
@@ -108,12 +108,13 @@ def test_features_are_the_same_there(tmp_path, monkeypatch, target, pooled):
     theirs, features = LOADERS[target](result.usage, result.path)
     theirs.eval()
     monkeypatch.chdir(tmp_path)
-    rows, found = run_card(result.card)
+    rows, images, found = run_card(result.card)
     assert rows['network'] == '2 blocks of width 24, 3 heads, patches of 4 px'
     assert rows['images'].startswith('12 x 12 px') and 'normalisation not known' in rows['images']
     assert hashlib.sha256(path.read_bytes()).hexdigest() in rows['weights']
     assert rows['trained'] == rows['data'] == rows['metrics'] == 'not known: the file does not tell'
-    assert found.shape[:1] == (1,) and found.shape[-1] == 24 and found.isfinite().all()
+    expected = ours(images)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-9)):
         expected = ours.to(dtype)(IMAGES.to(dtype))[0]
         theirs.to(dtype)
@@ -152,7 +153,7 @@ def test_a_card_tells_what_the_run_wrote(tmp_path, monkeypatch):
     torch.save(dict(state_dict=state, meta=meta, message_hub=hub), tmp_path / 'own.pth')
     result = export_checkpoint(tmp_path / 'own.pth', tmp_path / 'out', 'mmpretrain')
     monkeypatch.chdir(tmp_path)
-    rows, features = run_card(result.card)
+    rows, _, features = run_card(result.card)
     assert rows['trained'] == 'experiment_name mine_20260101, epoch 3, iter 60, seed 7'
     assert rows['metrics'] == 'best score 0.5'
     assert 'minus (1.0, 2.0, 3.0), divided by (4.0, 5.0, 6.0)' in rows['images']
@@ -321,3 +322,33 @@ def test_arguments_that_make_no_sense(tmp_path):
     message = "no 'backbone.cls_token'. Weights of others are brought in with tools/convert_check"
     with pytest.raises(ValueError, match=message):
         export_checkpoint(path, tmp_path, 'official')
+
+
+def test_timm_is_told_all_sizes_of_its_network(tmp_path, monkeypatch):
+    """Newer versions remember what a model was made with, older ones have to be told."""
+    timm = pytest.importorskip('timm')
+    told = {}
+    save_for_hf = timm.models.save_for_hf
+    monkeypatch.setattr(
+        timm.models,
+        'save_for_hf',
+        lambda *args, **options: told.update(options) or save_for_hf(*args, **options),
+    )
+    export_checkpoint(save(build(), tmp_path / 'own.pth'), tmp_path / 'out', 'timm', **OPTIONS)
+    assert told['model_args']['depth'] == 2 and told['model_args']['use_abs_pos_emb']
+
+
+@pytest.mark.parametrize('target', list(TARGETS))
+def test_windows_of_attention_have_no_place_elsewhere(tmp_path, target):
+    vit = build(window_size=2, global_blocks=(1,))
+    description = vit.describe()
+    plain = json.loads(json.dumps(description.to_dict()))
+    assert EncoderDescription.from_dict(plain) == description
+    rebuilt = build_encoder(description).eval()
+    rebuilt.load_state_dict(vit.state_dict())
+    assert torch.equal(rebuilt(IMAGES)[0], vit(IMAGES)[0])
+    assert not torch.allclose(build()(IMAGES)[0], vit(IMAGES)[0])  # the same weights
+    state = {f'backbone.{key}': value for key, value in vit.state_dict().items()}
+    write_safetensors(tmp_path / 'own.safetensors', state, dict(encoder=description.to_dict()))
+    with pytest.raises(ValueError, match=f'to {target}: its blocks attend within windows of 2'):
+        export_checkpoint(tmp_path / 'own.safetensors', tmp_path / 'out', target)

@@ -127,7 +127,7 @@ def test_normalisation_in_the_file(export, name, capsys):
         (lambda output: output[:1], 'an output of shape'),
     ],
 )
-def test_a_file_that_differs_is_not_kept(export, monkeypatch, tmp_path, name, spoil, message):
+def test_a_file_that_differs_is_not_written(export, monkeypatch, tmp_path, name, spoil, message):
     suffix = Path(name).suffix
     write = deploy.WRITERS[suffix]
 
@@ -137,9 +137,12 @@ def test_a_file_that_differs_is_not_kept(export, monkeypatch, tmp_path, name, sp
         return lambda images: [spoil(output) for output in right(images)]
 
     monkeypatch.setitem(deploy.WRITERS, suffix, write_wrongly)
-    with pytest.raises(ValueError, match=f'was not kept: .*{message}'):
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / name).write_text('of an earlier export')
+    with pytest.raises(ValueError, match=f'was not written: .*{message}'):
         export(name)
-    assert not (tmp_path / 'out' / name).exists()
+    assert (tmp_path / 'out' / name).read_text() == 'of an earlier export'
+    assert len([*(tmp_path / 'out').iterdir()]) == 1
 
 
 def test_mistakes_are_said_before_any_work(export, monkeypatch, tmp_path):
