@@ -93,7 +93,8 @@ def _build_datasets(case: Case) -> Iterator[tuple[str, Any]]:
     """Each dataset of this machine without its pipeline, or the exception that it raised."""
     if not case.unusable_scopes:  # said of the model
         for key, node in case.datasets.items():
-            if '://' not in str(node.get('data_root')):
+            # those that wrap another one, such as mmdet's MultiImageMixDataset, have no files
+            if '://' not in str(node.get('data_root')) and 'dataset' not in node:
                 yield key, case.build(DATASETS, node | dict(pipeline=[], lazy_init=True))
 
 

@@ -21,7 +21,7 @@ from cae_mm.doctor.case import Case, quiet
 from cae_mm.doctor.finding import type_name
 from cae_mm.doctor.trial import find_steps, find_training_key
 
-UNWANTED_HOOKS = ('KNNHook', 'ProgressHook')  # one needs data, the other talks
+UNWANTED_HOOKS = ('KNNHook', 'PictureHook', 'ProgressHook')  # two need data, one talks
 LOAD_SECONDS = 3.0  # for which images are loaded
 
 
@@ -114,6 +114,7 @@ def make_short(case: Case, folder: str, images: int, steps: int, gathered: int) 
         load_from=None,
         resume=False,
         param_scheduler=None,
+        visualizer=None,  # no experiment on a server, as backends of the config make
         train_cfg=dict(type='IterBasedTrainLoop', max_iters=steps, val_interval=steps + 1),
         train_dataloader=dict(batch_size=images, num_workers=0, dataset=dict()),
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from builders import GRID, PATCH, VOCAB, build_cae, cae_config, loader_config, run_tool
 from mmengine.config import Config
-from mmengine.registry import MODELS
+from mmengine.registry import DATASETS, MODELS
 from PIL import Image
 
 from cae_mm.checkpoints.files import write_safetensors
@@ -522,6 +522,22 @@ def test_missing_data_in_wrappers(classifier):
     for dataset, key in ((both, 'dataset'), (wrapped, 'dataset.dataset')):
         findings = check(classifier, {'train_dataloader.dataset': dataset})
         expect(findings, 'error', f'train_dataloader.{key}.datasets.1.data_root', '/absent')
+
+
+@DATASETS.register_module()
+class MixOfImages:
+    """As mmdet's MultiImageMixDataset: transforms of its own around a dataset, no files."""
+
+    def __init__(self, **_):
+        pass
+
+
+def test_datasets_around_others_have_no_files(classifier):
+    plain = Config.fromfile(classifier).train_dataloader.dataset
+    absent = dict(plain, data_root='/absent')
+    mix = dict(type='MixOfImages', dataset=absent, pipeline=[], _delete_=True)
+    findings = check(classifier, {'train_dataloader.dataset': mix})
+    assert 'train_dataloader.dataset.dataset.data_root' in [finding.key for finding in findings]
 
 
 def test_unknown_dataset(classifier):

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from builders import cae_config, loader_config, make_images, run_tool
+from mmengine.registry import VISBACKENDS
+from mmengine.visualization import BaseVisBackend
 from rich.console import Console
 
 from cae_mm.doctor.case import Machine
@@ -18,6 +20,20 @@ from cae_mm.precision import Precision
 pytestmark = pytest.mark.usefixtures('plain_config_text')
 CPU, GPUS = Machine(1, 'cpu'), Machine(8, 'cuda')
 ABSENT = {'train_dataloader.dataset.data_root': '/absent'}
+
+
+@VISBACKENDS.register_module()
+class PlanBackend(BaseVisBackend):
+    """As those of W&B and MLflow, what begins an experiment on a server."""
+
+    def _init_env(self):
+        raise AssertionError('a plan is no experiment')
+
+    @property
+    def experiment(self):
+        self._init_env()
+
+    add_config = _init_env
 
 
 @pytest.fixture(scope='module')
@@ -42,7 +58,8 @@ def config(tmp_path_factory):
         train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=2),
         auto_scale_lr=dict(enable=True, base_batch_size=8),
         custom_hooks=[dict(type='cae_mm.SafeLoadHook'), dict(type='cae_mm.ProgressHook')],
-        settings=dict(cpu_batch_size=2),
+        visualizer=dict(type='Visualizer', vis_backends=[dict(type='PlanBackend')]),
+        settings=dict(cpu_batch_size=2, pictures=str(folder / 'images')),
     )
     path = folder / 'cae_custom.py'
     path.write_text('\n'.join(f'{key} = {value!r}' for key, value in cfg.items()))
