@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import cycle, product, zip_longest
@@ -97,7 +98,11 @@ class Study:
     def __init__(self, file: Path, folder: Path) -> None:
         table = mmengine.load(file)
         self.title, self.reference = table['title'], table['reference']
-        self.rows = {row.name: row for row in read_rows(table)}
+        rows = list(read_rows(table))
+        self.rows = {row.name: row for row in rows}
+        if len(self.rows) < len(rows):
+            twice, _ = Counter(row.name for row in rows).most_common(1)[0]
+            raise ValueError(f'{file}: two rows are called {twice}, give one another name')
         if self.reference not in self.rows:
             raise ValueError(f'{file}: reference is {self.reference}, but no row is called so')
         before: list[str] = []
@@ -136,7 +141,7 @@ class Study:
         for row, seed in sorted(wanted, key=lambda each: each[0].seeds.index(each[1])):
             what, result = self.what(row), self.results.get((row.name, seed))
             if result is None:
-                return row, seed
+                return self._first_needed(row, seed)
             known = result['row']
             if training_of(known) != training_of(what):
                 raise ValueError(
@@ -146,6 +151,13 @@ class Study:
             if any(known.get(key) != what.get(key) for key in JUDGING):
                 return row, seed
         return None
+
+    def _first_needed(self, row: Row, seed: int) -> tuple[Row, int]:
+        """The run itself, or one without a result that it needs."""
+        for name in sorted(row.needs):
+            if (name, needed := self._seed_of(name, seed)) not in self.results:
+                return self._first_needed(self.rows[name], needed)
+        return row, seed
 
     def run(self, row: Row, seed: int) -> None:
         """Run one and keep its result."""
@@ -518,7 +530,8 @@ def draw_panel(
         elif values:
             axis.axhline(fmean(values), color=colour, linestyle='--', label=family)
     axis.set(xlabel='pretraining and tokenizer, PFLOP', ylabel=f'{name}, %')
-    axis.set_xlim(0, 1.1 * axis.dataLim.x1)
+    if axis.containers:  # something has a price
+        axis.set_xlim(0, 1.1 * axis.dataLim.x1)
     axis.grid(alpha=0.3)
 
 

@@ -55,6 +55,9 @@ def test_bad_tables_are_refused(study, tmp_path):
         study.Study(write_table(tmp_path, dict(a=dict(judge=['knm']))), tmp_path)
     with pytest.raises(ValueError, match='row a needs b, but no row before it is that'):
         study.Study(write_table(tmp_path, dict(a=dict(options={'k': '{b}'}), b={})), tmp_path)
+    twice = dict(a=dict(vary={'model.neck.depth': [1, 2], 'model.head.depth': [1]}))
+    with pytest.raises(ValueError, match='two rows are called a/depth=1, give one another name'):
+        study.Study(write_table(tmp_path, twice), tmp_path)
     file = write_table(tmp_path, dict(a={}))
     with pytest.raises(ValueError, match='nothing is judged yet'):
         study.make_lines(study.Study(file, tmp_path))
@@ -70,6 +73,20 @@ def test_first_seeds_first_and_finished_runs_never_again(study, tmp_path):
         order.append((missing[0].name, missing[1]))
         add_result(study, file, *order[-1], knn=0.5)
     assert order == [('a', 0), ('b', 0), ('a', 1), ('b', 1)]
+
+
+def test_a_run_waits_for_the_one_that_it_needs(study, tmp_path):
+    rows = dict(
+        a=dict(seeds=[0, 1]),
+        b=dict(seeds=[1], options={'k': '{a}'}),
+        c=dict(seeds=[1], options={'k': '{b}'}),
+    )
+    file = write_table(tmp_path, rows)
+    order = []
+    while missing := study.Study(file, tmp_path).find_missing():
+        order.append((missing[0].name, missing[1]))
+        add_result(study, file, *order[-1], knn=0.5)
+    assert order == [('a', 0), ('a', 1), ('b', 1), ('c', 1)]
 
 
 def test_a_row_that_changed_since_it_was_run_is_no_result(study, tmp_path):
@@ -182,6 +199,15 @@ def test_picture_has_a_panel_for_each_column_and_a_look_for_each_family(
     assert list(start.get_ydata()) == [50, 50]
     slow, fast, other = (points.lines[0].get_color() for points in panel.containers)
     assert slow == fast != other
+
+
+def test_picture_of_what_was_not_trained(study, tmp_path):
+    file = write_table(tmp_path, {'random': dict(pflop=0)})
+    add_result(study, file, 'random', 0, knn=0.5)
+    [result] = map(json.loads, file.with_suffix('.jsonl').read_text().splitlines())
+    file.with_suffix('.jsonl').write_text(json.dumps(result | dict(pflop=0.0)))
+    study.draw(study.Study(file, tmp_path), tmp_path / 'x.png')
+    assert (tmp_path / 'x.png').is_file()
 
 
 def test_a_fifth_of_each_class_is_held_out(study, tmp_path):
