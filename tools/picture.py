@@ -59,6 +59,9 @@ from cae_mm.visualization.pretraining import build_cae, load_views, load_weights
 from cae_mm.visualization.reconstruction import DALLE_DECODER, GRAY, hidden_pixels, paint_files
 from cae_mm.visualization.sheet import RIGHT, WRONG, frame, save_sheet
 
+# options of attention, and whose attention has no use for them
+UNUSED_BY = {'layer': ['probe'], 'patch': ['class', 'probe'], 'size': ['regressor']}
+
 
 class Source(NamedTuple):
     """A trained model on disk."""
@@ -90,7 +93,8 @@ def parse_args() -> argparse.Namespace:
             '--against',
             nargs='+',
             metavar='[CONFIG] CHECKPOINT',
-            help="a second model beside it; 'random' is one with the same config",
+            help="a second model beside it; 'random' is one with the same config. A config of its "
+            'own is taken as it is, without --cfg-options',
         )
         kind.add_argument('--out', type=png, default=f'{name}.png', help='PNG to write')
         kind.add_argument('--seed', type=int, default=0, help='of masks, draws, random weights')
@@ -114,7 +118,7 @@ def parse_args() -> argparse.Namespace:
         default='class',
         help="whose: the class token's, an attentive probe's query, or a masked patch's",
     )
-    kind.add_argument('--layer', type=int, default=-1, help='block of encoder or regressor')
+    kind.add_argument('--layer', type=int, help='block of encoder or regressor; default: the last')
     add_patch(kind, 'of the regressor: the masked patch nearest to it')
     add_size(kind)
 
@@ -142,7 +146,13 @@ def parse_args() -> argparse.Namespace:
     kind.add_argument('--count', type=positive, default=1000, help='images drawn from it')
     kind.add_argument('--feature', choices=FEATURES, default='mean')
     kind.add_argument('--method', choices=NEIGHBORS, default='tsne')
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.draw is draw_attention:
+        for option, kinds_without in UNUSED_BY.items():
+            if getattr(args, option) is not None and args.of in kinds_without:
+                parser.error(f'attention --of {args.of} takes no --{option}')
+        args.layer = -1 if args.layer is None else args.layer
+    return args
 
 
 def positive(text: str) -> int:

@@ -78,13 +78,13 @@ def make_tokenizer(
     tokenizer.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
     features, pixels = _collect(tokenizer, cfg, count, seed)  # [n, D], [n, 3*p*p]
-    held_out, features = features[:rest], features[rest:]
-    tokenizer.mean = features.mean(0)
-    tokenizer.std = features.std(0).clamp(min=MIN_STD)
-    standardised = (features - tokenizer.mean) / tokenizer.std
+    held_out, seen = features[:rest], features[rest:]
+    tokenizer.mean = seen.mean(0)
+    tokenizer.std = seen.std(0).clamp(min=MIN_STD)
+    standardised = (seen - tokenizer.mean) / tokenizer.std
     tokenizer.centers = fit_centers(standardised, num_tokens, seed)
     tokenizer.cpu()
-    tokens = _tokenize(tokenizer, torch.cat([held_out, features]))
+    tokens = _tokenize(tokenizer, features)
     tokenizer.patches = mean_by_token(pixels, tokens, num_tokens)
     figures = judge((held_out - tokenizer.mean) / tokenizer.std, tokens[:rest], tokenizer.centers)
     model: Any = SimpleNamespace(
@@ -115,8 +115,8 @@ def _collect(
     normalizer = read_normalizer(cfg).to(tokenizer.mean.device)
     autocast = choose_precision(tokenizer.mean.device.type).autocast(tokenizer.mean.device.type)
     generator = torch.Generator().manual_seed(seed)
-    features: list[Tensor] = []
-    pixels: list[Tensor] = []
+    features = torch.empty(count, len(tokenizer.mean))
+    pixels = torch.empty(count, tokenizer.patches.shape[1])
     found = 0
     with tqdm(desc='features', total=count, unit=' patches', dynamic_ncols=True) as progress:
         for batch in _load_crops(cfg, seed):
@@ -126,12 +126,14 @@ def _collect(
             rows = torch.rand(len(images), maps[0, 0].numel(), generator=generator).argsort(1)
             ids = rows[:, :PATCHES_OF_A_CROP].to(images.device).unsqueeze(-1)  # [B, k, 1]
             patches = patchify(images, tokenizer.backbone.patch_size)  # [B, N, 3*p*p]
+            new = min(ids.shape[0] * ids.shape[1], count - found)
             for values, kept in ((maps.flatten(2).transpose(1, 2), features), (patches, pixels)):
-                kept.append(values.take_along_dim(ids, 1).flatten(0, 1)[: count - found].cpu())
-            found += len(features[-1])
-            progress.update(len(features[-1]))
+                chosen = values.take_along_dim(ids, 1).flatten(0, 1)  # [B * k, D or 3*p*p]
+                kept[found : found + new] = chosen[:new]
+            found += new
+            progress.update(new)
             if found == count:
-                return torch.cat(features), torch.cat(pixels)
+                return features, pixels
     raise AssertionError('the crops never end')
 
 

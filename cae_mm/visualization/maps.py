@@ -15,6 +15,7 @@ from torch import Tensor
 from cae_mm.visualization.sheet import frame, save_figure
 
 CANVAS, THUMBNAIL = 900, 28  # pixels of a side
+MAX_NAMED = 20  # classes: more have colours that nobody tells apart, and names that hide the points
 NEIGHBORS = dict(tsne=30, umap=15)  # that a method looks at
 
 
@@ -54,7 +55,7 @@ def import_umap() -> Any:
 
 def class_colors(count: int) -> np.ndarray:
     """A colour for each class, RGB (count, 3) in [0, 1]."""
-    if count <= 20:
+    if count <= MAX_NAMED:
         return colormaps['tab10' if count <= 10 else 'tab20'](range(count))[:, :3]
     return colormaps['hsv'](np.arange(count) / count)[:, :3]
 
@@ -93,11 +94,16 @@ def save_maps(
     for (title, points), (left, right) in zip(
         maps.items(), figure.subplots(len(maps), 2, squeeze=False), strict=True
     ):
-        for index, name in enumerate(classes):
+        for index in np.unique(labels):
             mine = points[np.array(labels) == index]
-            left.scatter(*mine.T, s=8, color=class_colors(len(classes))[index], label=name)
+            left.scatter(
+                *mine.T, s=8, color=class_colors(len(classes))[index], label=classes[index]
+            )
         left.set_title(title)
-        left.legend(fontsize=7, markerscale=2)
+        if len(classes) <= MAX_NAMED:
+            left.legend(fontsize=7, markerscale=2)
+        else:
+            left.set_xlabel(f'{len(classes)} classes')
         left.set(xticks=[], yticks=[])
         right.imshow(paint_thumbnails(points, pictures, colors))
         right.axis('off')

@@ -226,6 +226,9 @@ def test_only_reconstruction_needs_the_tokenizer(work):
         (['map', '--count', -3], 'argument --count: must be at least 1, not -3'),
         (['attention', '--size', 0], 'argument --size: must be at least 1, not 0'),
         (['patches', '--k', 0], 'argument --k: must be at least 1, not 0'),
+        (['attention', '--patch', 0, 0], 'attention --of class takes no --patch'),
+        (['attention', '--of', 'probe', '--layer', 1], 'attention --of probe takes no --layer'),
+        (['attention', '--of', 'regressor', '--size', 64], '--of regressor takes no --size'),
         (['features', '--out', 'x.jpg'], 'argument --out: pictures are PNG files, x.jpg does not'),
     ],
 )

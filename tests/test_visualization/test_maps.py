@@ -5,13 +5,16 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
+from cae_mm.visualization import maps
 from cae_mm.visualization.maps import (
     CANVAS,
+    MAX_NAMED,
     THUMBNAIL,
     class_colors,
     import_umap,
     paint_thumbnails,
     project,
+    save_maps,
 )
 
 CLASSES, EACH = 3, 15
@@ -74,3 +77,16 @@ def test_thumbnails_lie_where_points_are():
     assert low_left[0, 0].tolist() == [1, 0, 0] and (low_left[4:-4, 4:-4] == 0).all()
     assert top_right[0, 0].tolist() == [0, 0, 1] and (top_right[4:-4, 4:-4] == 0.5).all()
     assert (canvas[: CANVAS // 2, : CANVAS // 2] == 1).all()
+
+
+@pytest.mark.parametrize('count', [3, MAX_NAMED + 1])
+def test_names_are_those_of_points_and_only_a_few(tmp_path, monkeypatch, count):
+    monkeypatch.setattr(maps, 'save_figure', lambda figure, path: figures.append(figure))
+    figures, points = [], np.array([[0.0, 0.0], [1.0, 1.0]])
+    classes = [f'class {i}' for i in range(count)]
+    save_maps({'model': points}, [0, 2], classes, [torch.zeros(3, 8, 8)] * 2, tmp_path / 'x.png')
+    left, _ = figures[0].axes
+    if count == 3:
+        assert [text.get_text() for text in left.get_legend().get_texts()] == ['class 0', 'class 2']
+    else:
+        assert left.get_legend() is None and left.get_xlabel() == f'{count} classes'
