@@ -81,7 +81,7 @@ def make_tokenizer(
     held_out, seen = features[:rest], features[rest:]
     tokenizer.mean = seen.mean(0)
     tokenizer.std = seen.std(0).clamp(min=MIN_STD)
-    standardised = (seen - tokenizer.mean) / tokenizer.std
+    standardised = (seen - tokenizer.mean).div_(tokenizer.std)  # in place: it may be gigabytes
     tokenizer.centers = fit_centers(standardised, num_tokens, seed)
     tokenizer.cpu()
     tokens = _tokenize(tokenizer, features)
