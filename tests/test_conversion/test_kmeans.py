@@ -1,5 +1,7 @@
 """A tokenizer of the encoder of a first round: from its features to the tokens of a second."""
 
+import uuid
+
 import pytest
 import torch
 from builders import GRID, PATCH, WIDTH, build_cae, cae_config, make_batch, make_images, run_tool
@@ -56,6 +58,7 @@ def first_round(images='images', **changes):
             ),
             optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3)),
             train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=1),
+            experiment_name=uuid.uuid4().hex,  # mmengine keeps what has a name
         )
     )
 
