@@ -85,6 +85,26 @@ def test_validation_has_no_say_and_random_numbers_are_its_own():
     assert attentive_sweep(train, val, **options) == first
 
 
+def test_a_picked_rate_that_falls_over_with_all_images_is_not_taken(monkeypatch):
+    train, val, lrs = make_split(1, 400), make_split(2), (1e-6, 0.003, 0.03)
+    options = dict(seed=0, device=CPU, epochs=15, lrs=lrs)
+    usual = attentive_sweep(train, val, **options)
+    assert usual['lr'] == 0.003 and usual['accuracy'] > 0.85
+    fitted = []
+
+    def fall_over(tokens, labels, rows, lrs, **options):
+        heads = train_heads(tokens, labels, rows, lrs, **options)
+        if [usual['lr']] == lrs:
+            torch.nn.init.zeros_(heads[0].fc.weight)
+        fitted.append([*lrs])
+        return heads
+
+    monkeypatch.setattr(attentive, 'train_heads', fall_over)
+    report = attentive_sweep(train, val, **options)
+    assert fitted == [[1e-6, 0.003, 0.03], [0.003], [1e-6]]
+    assert report['lr'] == 1e-6 and report['held_out'] == usual['held_out']
+
+
 def test_a_rate_that_diverges_leaves_the_others_alone():
     tokens, labels = make_split(0)
     options = dict(seed=0, epochs=2, device=CPU)
