@@ -117,14 +117,13 @@ def test_layers_that_are_more_than_a_weight_count_in_training_too(name, queries)
     assert (wanted - before).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize('name', ['attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.fc2'])
-def test_hooks_of_layers_are_called(name):
-    block, calls = Block(12, 3), []
-    block.get_submodule(name).register_forward_hook(lambda *_: calls.append(name))
-    y = block(torch.randn(2, 5, 12))
-    with torch.no_grad():
-        block(torch.randn(2, 5, 12))
-    assert calls == [name, name] and y.requires_grad
+def test_hooks_change_no_number():
+    block, x = randomize(Block(12, 3)), torch.randn(2, 5, 12)
+    with torch.autocast('cpu', torch.bfloat16):
+        before = block(x)
+        for module in block.modules():
+            module.register_forward_hook(lambda *_: None)
+        equal(block(x), before)
 
 
 def test_layer_scale_is_per_channel():
