@@ -50,7 +50,7 @@ TESTS = {
         'checkpoints/files',
         'checkpoints/load_pretrained',
         'checkpoints/unpickler',
-        'hooks/safe_load',
+        'hooks/loading',
     ],
     'checkpoints/whole': ['engine/resuming'],
 }

@@ -90,7 +90,7 @@ def export_encoder(model: ExportedEncoder, size: tuple[int, int], path: Path) ->
     torch.manual_seed(0)
     images = model.draw_images(2, size)
     model(images)  # positions of this size are made now, not in the graph
-    new = path.with_name(f'unfinished_{path.name}')
+    new = path.with_name(f'unfinished_{path.name}')  # the suffix says the format
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of constants in a trace, of torch's own reader

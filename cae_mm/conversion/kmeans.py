@@ -126,7 +126,7 @@ def _collect(
             rows = torch.rand(len(images), maps[0, 0].numel(), generator=generator).argsort(1)
             ids = rows[:, :PATCHES_OF_A_CROP].to(images.device).unsqueeze(-1)  # [B, k, 1]
             patches = patchify(images, tokenizer.backbone.patch_size)  # [B, N, 3*p*p]
-            new = min(ids.shape[0] * ids.shape[1], count - found)
+            new = min(ids.numel(), count - found)
             for values, kept in ((maps.flatten(2).transpose(1, 2), features), (patches, pixels)):
                 chosen = values.take_along_dim(ids, 1).flatten(0, 1)  # [B * k, D or 3*p*p]
                 kept[found : found + new] = chosen[:new]

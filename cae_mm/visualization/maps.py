@@ -90,21 +90,19 @@ def save_maps(
         path: PNG to write.
     """
     figure = Figure(figsize=(12, 6 * len(maps)), layout='constrained')
-    colors = class_colors(len(classes))[labels]
+    palette, ids = class_colors(len(classes)), np.asarray(labels)
     for (title, points), (left, right) in zip(
         maps.items(), figure.subplots(len(maps), 2, squeeze=False), strict=True
     ):
-        for index in np.unique(labels):
-            mine = points[np.array(labels) == index]
-            left.scatter(
-                *mine.T, s=8, color=class_colors(len(classes))[index], label=classes[index]
-            )
+        for index in np.unique(ids):
+            mine = points[ids == index]
+            left.scatter(*mine.T, s=8, color=palette[index], label=classes[index])
         left.set_title(title)
         if len(classes) <= MAX_NAMED:
             left.legend(fontsize=7, markerscale=2)
         else:
             left.set_xlabel(f'{len(classes)} classes')
         left.set(xticks=[], yticks=[])
-        right.imshow(paint_thumbnails(points, pictures, colors))
+        right.imshow(paint_thumbnails(points, pictures, palette[ids]))
         right.axis('off')
     save_figure(figure, path)
