@@ -67,6 +67,7 @@ class Row:
             columns begin with: {coco: FOLDER} gives coco/attentive and so on.
         tasks: Trainings that begin with the encoder, by the name of their column: ``config``,
             ``options``, and ``metric``, the name of a number of their evaluation, in percent.
+        against: Names of the rows that the report takes it from, paired by seed.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Row:
     judge: tuple[str, ...] = ('attentive', 'logreg', 'knn')
     judge_on: dict[str, str] = field(default_factory=dict)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    against: tuple[str, ...] = ()
 
     @property
     def needs(self) -> set[str]:
@@ -97,16 +99,18 @@ class Study:
 
     def __init__(self, file: Path, folder: Path) -> None:
         table = mmengine.load(file)
-        self.title, self.reference = table['title'], table['reference']
+        if unknown := set(table) - {'title', 'defaults', 'rows'}:
+            raise ValueError(f'{file}: unknown {", ".join(sorted(unknown))}')
+        self.title = table['title']
         rows = list(read_rows(table))
         self.rows = {row.name: row for row in rows}
         if len(self.rows) < len(rows):
             twice, _ = Counter(row.name for row in rows).most_common(1)[0]
             raise ValueError(f'{file}: two rows are called {twice}, give one another name')
-        if self.reference not in self.rows:
-            raise ValueError(f'{file}: reference is {self.reference}, but no row is called so')
         before: list[str] = []
         for name, row in self.rows.items():
+            if absent := sorted(set(row.against) - set(self.rows)):
+                raise ValueError(f'{file}: row {name} is against {absent[0]}, but no row is that')
             if late := sorted(row.needs - set(before)):
                 raise ValueError(
                     f'{file}: row {name} needs {late[0]}, but no row before it is that'
@@ -126,7 +130,9 @@ class Study:
         """
         needs = {name: self.what(self.rows[name]) for name in sorted(row.needs)}
         said = {**asdict(row), 'needs': needs}
-        kept = {k: v for k, v in said.items() if k != 'seeds' and v not in (None, {}, ())}
+        for key in ('seeds', 'against'):
+            del said[key]
+        kept = {key: value for key, value in said.items() if value not in (None, {}, ())}
         return json.loads(json.dumps(kept))
 
     def find_missing(self) -> tuple[Row, int] | None:
@@ -323,7 +329,7 @@ def read_rows(table: dict[str, Any]) -> Iterator[Row]:
     for name, said in table['rows'].items():
         row = {**table.get('defaults', {}), **(said or {})}
         vary = row.pop('vary', {})
-        for sequence in ('seeds', 'judge'):
+        for sequence in ('seeds', 'judge', 'against'):
             if sequence in row:
                 row[sequence] = tuple(row[sequence])
         unknown = (set(row) - set(Row.__dataclass_fields__)) | (
@@ -440,18 +446,18 @@ def spread(values: list[float]) -> str:
 
 
 def differences(
-    results: list[dict[str, Any]], reference: list[dict[str, Any]], name: str
+    results: list[dict[str, Any]], others: list[dict[str, Any]], name: str
 ) -> list[float]:
-    """Accuracy minus that of the reference with the same seed, for seeds that both have."""
-    other = {r['seed']: r['accuracy'].get(name) for r in reference}
+    """Accuracy minus that of the other row with the same seed, for seeds that both have."""
+    other = {r['seed']: r['accuracy'].get(name) for r in others}
     pairs = [(r['accuracy'].get(name), other.get(r['seed'])) for r in results]
     return [a - b for a, b in pairs if a is not None and b is not None]
 
 
 def make_lines(study: Study) -> list[list[str]]:
-    """Head and cells of the report: price and accuracies; differences from the reference.
+    """Head and cells of the report: price and accuracies, then differences of paired rows.
 
-    The latter are paired by seed, of rows that have two or more in common with the reference.
+    A difference is of two seeds or more, that both rows have.
     """
     groups = group(study)
     names = columns_of(groups)
@@ -466,12 +472,11 @@ def make_lines(study: Study) -> list[list[str]]:
         cells = [f'{epochs:.0f}', f'{pflop:.3f}', f'{total:.3f}', f'{seconds / 60:.0f}']
         values = [[r['accuracy'][name] for r in results if name in r['accuracy']] for name in names]
         lines.append([row, str(len(results)), *cells, *map(spread, values)])
-    reference = groups.pop(study.reference, [])
-    for row, results in groups.items():
-        paired = [differences(results, reference, name) for name in names]
+    against = [(row, other) for row in groups for other in study.rows[row].against if row != other]
+    for row, other in against:
+        paired = [differences(groups[row], groups.get(other, []), name) for name in names]
         if (pairs := max(map(len, paired))) > 1:
-            cells = [f'{row} - {study.reference}', str(pairs), *[''] * 4, *map(spread, paired)]
-            lines.append(cells)
+            lines.append([f'{row} - {other}', str(pairs), *[''] * 4, *map(spread, paired)])
     return lines
 
 

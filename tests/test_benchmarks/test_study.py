@@ -18,7 +18,7 @@ def study(monkeypatch):
 
 
 def write_table(folder, rows, **defaults):
-    table = dict(title='T', reference=next(iter(rows)), rows=rows)
+    table = dict(title='T', rows=rows)
     table['defaults'] = dict(config='configs/demo/cae_demo.py', data=str(folder)) | defaults
     (folder / 'table.yml').write_text(yaml.safe_dump(table, sort_keys=False))
     return folder / 'table.yml'
@@ -61,8 +61,10 @@ def test_bad_tables_are_refused(study, tmp_path):
     file = write_table(tmp_path, dict(a={}))
     with pytest.raises(ValueError, match='nothing is judged yet'):
         study.make_lines(study.Study(file, tmp_path))
-    file.write_text(file.read_text().replace('reference: a', 'reference: c'))
-    with pytest.raises(ValueError, match='reference is c, but no row is called so'):
+    with pytest.raises(ValueError, match='row a is against c, but no row is that'):
+        study.Study(write_table(tmp_path, dict(a=dict(against=['c']))), tmp_path)
+    file.write_text(file.read_text().replace('title: T', 'title: T\nreference: a'))
+    with pytest.raises(ValueError, match='table.yml: unknown reference'):
         study.Study(file, tmp_path)
 
 
@@ -159,11 +161,12 @@ def test_what_a_run_needs_is_in_its_price(study, tmp_path):
 
 def test_report_has_spread_and_differences_by_seed(study, tmp_path):
     three = dict(seeds=[0, 1, 2])
-    file = write_table(tmp_path, dict(ref=three, other=three, once=dict(seeds=[1])))
+    rows = dict(ref=three, other=three | dict(against=['ref', 'once']), once=dict(seeds=[1]))
+    file = write_table(tmp_path, rows, against=['ref'])
     for seed, (ref, other) in enumerate([(0.50, 0.54), (0.60, 0.62)]):
         add_result(study, file, 'ref', seed, knn=ref, logreg=0.7)
         add_result(study, file, 'other', seed, knn=other)
-    add_result(study, file, 'other', 2, knn=0.9)  # no reference with this seed
+    add_result(study, file, 'other', 2, knn=0.9)  # ref has not this seed
     add_result(study, file, 'once', 1, knn=0.9)  # a difference without a spread says nothing
     head, ref, other, once, paired = study.make_lines(study.Study(file, tmp_path))
     assert head[6:] == ['knn', 'logreg']
