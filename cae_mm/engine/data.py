@@ -5,6 +5,7 @@ import mmap
 import multiprocessing
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -191,7 +192,11 @@ def describe_shortage(images: int, share: int) -> tuple[str, str]:
 def explained_worker_faults() -> Iterator[None]:
     """Say what a fault of a data worker means, and the way out; torch only says that it was."""
     try:
-        yield
+        try:
+            yield
+        except (EOFError, ConnectionError):  # a tensor from a worker that may be dying
+            time.sleep(1)  # if so, torch's handler of SIGCHLD says it here
+            raise
     except RuntimeError as error:
         told = f'{error.__cause__ or ""} {error}'.strip()  # the first of two has the signal
         for sign, text in WORKER_FAULTS.items():

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from threading import Timer
 
 import pytest
 from builders import make_images
@@ -10,9 +11,10 @@ from data_runs import data_config
 from mmcv.transforms import BaseTransform
 from mmengine.registry import TRANSFORMS, DefaultScope
 from mmpretrain.datasets import CustomDataset
+from torch.utils.data import DataLoader
 
 from cae_mm.engine import CAERunner
-from cae_mm.engine.data import check_datasets, read_categories
+from cae_mm.engine.data import check_datasets, explained_worker_faults, read_categories
 from cae_mm.engine.fitting import fit_config
 
 
@@ -169,3 +171,15 @@ def test_worker_that_fails_ends_the_run_at_once(images, tmp_path, kind, message)
     with pytest.raises(RuntimeError, match=message):
         runner.train()
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize('error', [EOFError, ConnectionResetError])
+def test_tensor_of_a_worker_that_is_just_killed(error):
+    batches = iter(DataLoader(range(100), num_workers=1))
+    [worker] = batches._workers
+    killer = Timer(0.2, os.kill, (worker.pid, signal.SIGKILL))
+    with pytest.raises(RuntimeError, match='killed, by the kernel'), explained_worker_faults():
+        killer.start()
+        raise error
+    with pytest.raises(error), explained_worker_faults():  # no worker has died
+        raise error
