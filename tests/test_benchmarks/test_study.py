@@ -161,14 +161,17 @@ def test_what_a_run_needs_is_in_its_price(study, tmp_path):
 
 def test_report_has_spread_and_differences_by_seed(study, tmp_path):
     three = dict(seeds=[0, 1, 2])
-    rows = dict(ref=three, other=three | dict(against=['ref', 'once']), once=dict(seeds=[1]))
-    file = write_table(tmp_path, rows, against=['ref'])
+    rows = dict(ref=three, other=three, once=dict(seeds=[1]), later={})
+    file = write_table(tmp_path, rows)
     for seed, (ref, other) in enumerate([(0.50, 0.54), (0.60, 0.62)]):
         add_result(study, file, 'ref', seed, knn=ref, logreg=0.7)
         add_result(study, file, 'other', seed, knn=other)
     add_result(study, file, 'other', 2, knn=0.9)  # ref has not this seed
     add_result(study, file, 'once', 1, knn=0.9)  # a difference without a spread says nothing
-    head, ref, other, once, paired = study.make_lines(study.Study(file, tmp_path))
+    rows['other'] = three | dict(against=['ref', 'once', 'later'])
+    table = study.Study(write_table(tmp_path, rows, against=['ref']), tmp_path)
+    assert table.find_missing() == (table.rows['later'], 0)  # nothing is run again for `against`
+    head, ref, other, once, paired = study.make_lines(table)
     assert head[6:] == ['knn', 'logreg']
     assert ref == ['ref', '2', '3', '2.000', '2.000', '1', '55.0 ± 7.1', '70.0 ± 0.0']
     assert other == ['other', '3', '3', '2.000', '2.000', '1', '68.7 ± 18.9', '']
