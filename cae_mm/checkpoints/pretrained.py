@@ -22,6 +22,7 @@ HALLMARKS = {
     'embeddings.cls_token': 'huggingface',
     'beit.embeddings.cls_token': 'huggingface',
     'backbone.patch_embed.projection.weight': 'mmpretrain',
+    'patch_embed.projection.weight': 'mmpretrain',
     'regressor_and_decoder.norm.weight': 'passl',
     'encoder.cls_token': 'official',
     'backbone.pos_embed': 'official',

@@ -101,6 +101,19 @@ OFFICIAL: list[Rule] = [
     Move('decoder.norm.{p}', 'neck.decoder_norm.{p}'),
     Move('decoder.head.{p}', 'neck.output.{p}'),
 ]
+# names of the authors' first code (June 2022), with which CAE-B and CAE-L were published
+OFFICIAL_2022: list[Rule] = [
+    *OFFICIAL_ENCODER,
+    LeaveOut('teacher.{rest}', note='a copy of the encoder, one step late'),
+    Move('mask_token', 'neck.mask_token'),
+    Move('encoder_to_decoder.{p}', 'neck.projection.0.{p}'),
+    Move('encoder_to_decoder_norm.{p}', 'neck.projection.1.{p}'),
+    *_moves(OFFICIAL_REGRESSOR_BLOCK, 'pretext_neck.regressor_blocks.{i}.', 'neck.regressor.{i}.'),
+    Move('pretext_neck.norm.{p}', 'neck.regressor_norm.{p}'),
+    *_moves(BLOCK, 'pretext_neck.decoder_blocks.{i}.', 'neck.decoder.{i}.'),
+    Move('pretext_neck.norm2.{p}', 'neck.decoder_norm.{p}'),
+    Move('pretext_neck.head.{p}', 'neck.output.{p}'),
+]
 OFFICIAL_FINETUNED: list[Rule] = [
     *_official_encoder(''),
     *_norms('norm.{p}', 'fc_norm.{p}'),
@@ -132,13 +145,22 @@ PASSL: list[Rule] = [
     Move('regressor_and_decoder.norm2.{p}', 'neck.decoder_norm.{p}'),
     Move('regressor_and_decoder.head.{p}', 'neck.output.{p}'),
 ]
+
+
+def _mmpretrain_encoder(prefix: str) -> list[Rule]:
+    return [
+        Move(f'{prefix}cls_token', 'backbone.cls_token'),
+        Move(f'{prefix}patch_embed.projection.{{p}}', 'backbone.patch_embed.proj.{p}'),
+        *_moves(MMPRETRAIN_BLOCK, f'{prefix}layers.{{i}}.', 'backbone.blocks.{i}.'),
+        Check(f'{prefix}pos_embed', 'positions'),
+        *_relative_positions(f'{prefix}layers.{{i}}.attn.', f'{prefix}rel_pos_bias.'),
+        *_norms(f'{prefix}ln1.{{p}}', f'{prefix}ln2.{{p}}'),
+    ]
+
+
+MMPRETRAIN_BACKBONE: list[Rule] = _mmpretrain_encoder('')
 MMPRETRAIN: list[Rule] = [
-    Move('backbone.cls_token', 'backbone.cls_token'),
-    Move('backbone.patch_embed.projection.{p}', 'backbone.patch_embed.proj.{p}'),
-    *_moves(MMPRETRAIN_BLOCK, 'backbone.layers.{i}.', 'backbone.blocks.{i}.'),
-    Check('backbone.pos_embed', 'positions'),
-    *_relative_positions('backbone.layers.{i}.attn.', 'backbone.rel_pos_bias.'),
-    *_norms('backbone.ln1.{p}', 'backbone.ln2.{p}'),
+    *_mmpretrain_encoder('backbone.'),
     Move('head.fc.{p}', 'head.fc.{p}'),
     Move('neck.mask_token', 'neck.mask_token'),
     *_moves(REGRESSOR_BLOCK | MMPRETRAIN_MLP, 'neck.regressors.{i}.', 'neck.regressor.{i}.'),
@@ -201,13 +223,17 @@ TABLES: dict[str, dict[str, list[Rule]]] = {
         'embeddings.cls_token': HUGGINGFACE,
         'beit.embeddings.cls_token': HUGGINGFACE_TASK,
     },
-    'mmpretrain': {'backbone.patch_embed.projection.weight': MMPRETRAIN},
+    'mmpretrain': {
+        'backbone.patch_embed.projection.weight': MMPRETRAIN,
+        'patch_embed.projection.weight': MMPRETRAIN_BACKBONE,
+    },
     'passl': {
         'regressor_and_decoder.norm.weight': PASSL,
         'encoder.cls_token': PASSL,
         'cls_token': OFFICIAL_FINETUNED,
     },
     'official': {
+        'pretext_neck.norm.weight': OFFICIAL_2022,
         'encoder.cls_token': OFFICIAL,
         'backbone.pos_embed': OFFICIAL_DENSE,
         'cls_token': OFFICIAL_FINETUNED,

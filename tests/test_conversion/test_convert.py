@@ -177,8 +177,9 @@ def test_mmpretrains_cae(tmp_path):
     assert 'convert_dalle' in notes['target_generator.{rest}'] and 'teacher.{rest}' in notes
 
 
+@pytest.mark.parametrize('alone', [True, False])
 @pytest.mark.parametrize('pooled', [True, False])
-def test_mmpretrains_beit(tmp_path, pooled):
+def test_mmpretrains_beit(tmp_path, pooled, alone):
     import mmpretrain.models  # noqa: F401  registers it
 
     model = MODELS.build(
@@ -194,11 +195,14 @@ def test_mmpretrains_beit(tmp_path, pooled):
         )
     )
     randomize(model).pos_embed.data.copy_(official.positions((3, 3), 24))
-    state = {f'backbone.{key}': value for key, value in model.state_dict().items()}
-    state |= {'head.fc.weight': torch.ones(5, 24), 'head.fc.bias': torch.ones(5)}
+    state = model.state_dict()
+    if not alone:
+        state = {f'backbone.{key}': value for key, value in state.items()}
+        state |= {'head.fc.weight': torch.ones(5, 24), 'head.fc.bias': torch.ones(5)}
     result = convert(state, tmp_path)
+    assert result.source == 'mmpretrain'
     assert (result.description.pooled_norm, result.description.mlp_ratio) == (pooled, 2.0)
-    assert torch.equal(result.state['head.fc.weight'], torch.ones(5, 24))
+    assert alone or torch.equal(result.state['head.fc.weight'], torch.ones(5, 24))
     ours = load(result, out_type='avg_featmap' if pooled else 'raw')
     close(ours(IMAGES)[0], model.double()(IMAGES)[0], 1e-6)  # their positions are other float32
 
@@ -254,6 +258,30 @@ def test_hugging_faces_beit(tmp_path, shared):
     ours = load(result, out_type='avg_featmap')
     close(ours(IMAGES)[0], model.double().beit(IMAGES).pooler_output, 1e-6)
     assert torch.equal(result.state['head.fc.weight'], model.classifier.weight.float())
+
+
+@pytest.mark.parametrize('neck_width', [24, 12])
+def test_the_authors_first_code_has_other_names(tmp_path, neck_width):
+    state = official.pretraining_state(24, neck_width)
+    renames = {
+        'regresser.regressor_blocks.': 'pretext_neck.regressor_blocks.',
+        'regresser.norm.': 'pretext_neck.norm.',
+        'decoder.decoder_blocks.': 'pretext_neck.decoder_blocks.',
+        'decoder.norm.': 'pretext_neck.norm2.',
+        'decoder.head.': 'pretext_neck.head.',
+        'encoder_to_regresser': 'encoder_to_decoder',
+    }
+    first = {'teacher.norm.weight': torch.zeros(24)}
+    for key, tensor in state.items():
+        if not key.startswith(('alignment_encoder.', 'rd_pos_embed')):
+            old = next(filter(key.startswith, renames), '')
+            first[renames.get(old, '') + key.removeprefix(old)] = tensor
+    result, expected = convert(first, tmp_path, **HEADS), convert(state, tmp_path, **HEADS)
+    assert result.source == 'official' and result.neck == expected.neck
+    assert result.state.keys() == expected.state.keys()
+    assert all(torch.equal(result.state[key], expected.state[key]) for key in expected.state)
+    notes = {rule.foreign: rule.note for rule in result.counts if rule.ours == '(left out)'}
+    assert 'a copy of the encoder' in notes['teacher.{rest}']
 
 
 def passl_state(state):
@@ -462,6 +490,7 @@ def test_positions_of_a_grid_that_is_not_square_are_found(tmp_path):
         (passl_state(official.pretraining_state()), 'passl'),
         (['cls_token', 'pos_embed', 'blocks.0.norm1.weight'], 'timm'),
         (['backbone.patch_embed.projection.weight'], 'mmpretrain'),
+        (['pos_embed', 'patch_embed.projection.weight'], 'mmpretrain'),
         (['beit.embeddings.cls_token'], 'huggingface'),
         (['backbone.cls_token', 'backbone.blocks.0.norm1.weight', 'neck.mask_token'], None),
         (['cls_token', 'blocks.0.norm1.weight', 'norm.weight'], None),

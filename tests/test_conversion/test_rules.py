@@ -20,8 +20,10 @@ TABLES = dict(
     HUGGINGFACE=('huggingface', (), True),
     HUGGINGFACE_TASK=('huggingface', ('head',), True),
     MMPRETRAIN=('mmpretrain', ('neck', 'head'), True),
+    MMPRETRAIN_BACKBONE=('mmpretrain', (), True),
     PASSL=('passl', ('neck',), False),
     OFFICIAL=('official', ('neck',), False),
+    OFFICIAL_2022=('official', ('neck',), False),
     OFFICIAL_FINETUNED=('official', ('head',), True),
     OFFICIAL_DENSE=('official', (), False),
 )
