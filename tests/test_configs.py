@@ -345,8 +345,11 @@ def test_recipe_of_finetuning(path):
     augments = [(augment.type, augment.alpha) for augment in cfg.model.train_cfg.augments]
     assert augments == [('mmpretrain.Mixup', 0.8), ('mmpretrain.CutMix', 1.0)]
     steps = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}
-    jitter = steps['mmpretrain.ColorJitter']
-    assert jitter.brightness == jitter.contrast == jitter.saturation == 0.4
+    rand = dict(steps['mmpretrain.RandAugment'])  # rand-m9-mstd0.5-inc1
+    assert rand.pop('policies') == 'timm_increasing' and rand.pop('num_policies') == 2
+    assert (rand['magnitude_level'], rand['magnitude_std'], rand['total_level']) == (9, 0.5, 10)
+    assert rand['hparams'] == dict(pad_val=[104, 116, 124], interpolation='bicubic')
+    assert 'mmpretrain.ColorJitter' not in steps  # timm leaves it out
     assert steps['mmpretrain.RandomErasing'].erase_prob == 0.25
     assert cfg.model.head.num_classes == cfg.model.data_preprocessor.num_classes
 

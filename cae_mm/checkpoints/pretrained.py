@@ -159,7 +159,7 @@ def match_weights(
     for place, encoder in places.items():
         if not hasattr(encoder, 'adapt_state_dict'):
             continue
-        remarks += _follow_description(encoder, file)
+        remarks += _follow_description(encoder, file, getattr(module, 'neck', None))
         inside = strip_prefix(state, place)
         if adapt and inside:
             outside = {k: v for k, v in state.items() if not k.startswith(place)}
@@ -176,8 +176,11 @@ def strip_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-def _follow_description(encoder: Any, file: Checkpoint) -> list[str]:
-    """Refuse another number of heads, and resize positions from the file's size of pretraining."""
+def _follow_description(encoder: Any, file: Checkpoint, neck: Any) -> list[str]:
+    """Refuse another number of heads, and resize positions from the file's size of pretraining.
+
+    A ``CAENeck`` has the positions of its encoder, in its own width.
+    """
     of_model, of_file = encoder.describe(), file.description or encoder.describe()
     if of_file.embed_dims != of_model.embed_dims:
         return []  # the shapes tell, and the message about them names both widths
@@ -190,6 +193,8 @@ def _follow_description(encoder: Any, file: Checkpoint) -> list[str]:
     if of_file.pretrain_img_size == of_model.pretrain_img_size:
         return []
     encoder.set_pretrain_size(of_file.pretrain_img_size)
+    if hasattr(neck, 'positions'):
+        neck.positions.set_base_grid(encoder.positions.base_grid)
     height, width = of_file.pretrain_img_size
     return [f'positions are resized from those for {height}x{width} pixels, as the file says']
 

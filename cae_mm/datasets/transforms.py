@@ -25,10 +25,11 @@ class TwoViewResizedCrop(BaseTransform):
         size: Side, or (height, width), of view 1.
         second_size: The same of view 2; None makes view 1 only (for pixel targets).
         scale: Range of the crop's area over the image's.
-        ratio: Range of the crop's width over its height.
+        ratio: Range of the crop's width over its height for a square ``size``; others multiply it
+            by their own, so that images are stretched as little.
         interpolation: 'bilinear', 'bicubic' or 'lanczos', for view 1.
         second_interpolation: The same for view 2.
-        central: Take the largest central crop within ``ratio`` instead, for evaluation.
+        central: Take the largest central crop within that range instead, for evaluation.
         flip_prob: How likely the image is mirrored, left to right, before.
     """
 
@@ -54,7 +55,8 @@ class TwoViewResizedCrop(BaseTransform):
         if second_size is not None:
             self.views.append((to_pair(second_size), second_interpolation))
         self.scale = scale
-        self.ratio = ratio
+        height, width = to_pair(size)
+        self.ratio = ratio[0] * (width / height), ratio[1] * (width / height)
         self.central = central
         self.flip_prob = flip_prob
 

@@ -254,7 +254,7 @@ def _set_img_size(cfg: Any, value: int | tuple[int, int]) -> None:
             if transform.get('second_size', 112) is not None:
                 transform['second_size'] = second[0] if isinstance(size, int) else second
         elif name == 'RandomResizedCrop':
-            transform['scale'] = size
+            _set_random_crop(transform, size)
     for pipeline in find_pipelines(cfg):
         steps = {class_name(step): step for step in pipeline}
         if crop := steps.get('CenterCrop'):
@@ -262,6 +262,16 @@ def _set_img_size(cfg: Any, value: int | tuple[int, int]) -> None:
                 old = max(to_pair(crop['crop_size']))
                 edge['scale'] = round(max(to_pair(size)) * edge['scale'] / old)
             crop['crop_size'] = size
+
+
+def _set_random_crop(transform: Any, size: int | tuple[int, int]) -> None:
+    """Set the size of mmpretrain's crop, and its range of width over height in proportion."""
+    (old_height, old_width), (height, width) = to_pair(transform['scale']), to_pair(size)
+    transform['scale'] = size
+    stretch = (width / height) / (old_width / old_height)
+    if stretch != 1:
+        ratios = transform.get('aspect_ratio_range', (3 / 4, 4 / 3))
+        transform['aspect_ratio_range'] = tuple(ratio * stretch for ratio in ratios)
 
 
 def _set_crop_of_segmentation(cfg: Any, size: tuple[int, int]) -> None:

@@ -109,6 +109,7 @@ class CAE(BaseSelfSupervisor):
                 )
             self.teacher = deepcopy(self.backbone).requires_grad_(False)
             self.teacher.positions = self.backbone.positions  # which loading may change
+            self.register_load_state_dict_post_hook(_start_teacher_from_encoder)
 
     def compile(self, **options: Any) -> None:
         """Compile the tensor operations of a training step for one size of batch.
@@ -335,6 +336,13 @@ def _leave_out_target_generator(
 ) -> None:
     for key in [key for key in state_dict if key.startswith(f'{prefix}target_generator.')]:
         del state_dict[key]
+
+
+def _start_teacher_from_encoder(module: nn.Module, incompatible_keys: Any) -> None:
+    """Weights of a training without a teacher bring none: it starts as a copy again."""
+    if any(key.startswith('teacher.') for key in incompatible_keys.missing_keys):
+        module.teacher.load_state_dict(module.backbone.state_dict())
+        print_log('the weights have no teacher: it starts as a copy of the encoder', 'current')
 
 
 def _ignore_missing_target_generator(module: nn.Module, incompatible_keys: Any) -> None:

@@ -13,7 +13,14 @@ model = dict(
 )
 train_dataloader = dict(batch_size=256)
 optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type='SGD', lr=0.4, weight_decay=0.0, momentum=0.9)
+    optimizer=dict(
+        _delete_=True,
+        type='SGD',
+        lr=0.4,
+        weight_decay=0.0,
+        momentum=0.9,
+        nesterov=True,  # official; the paper says momentum only
+    )
 )
 _base_.param_scheduler[1].eta_min = 1e-6  # official
 auto_scale_lr = dict(base_batch_size=32 * 256)

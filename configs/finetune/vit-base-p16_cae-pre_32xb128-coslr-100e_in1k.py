@@ -8,5 +8,5 @@ Paper: 83.6 after 300 epochs of pretraining, 83.8 after 800, 83.9 after 1600.
 
 _base_ = ['../_base_/protocols/finetune.py', '../_base_/datasets/in1k_224.py']
 
-_base_.train_pipeline[-1:-1] = _base_.color_and_erasing
+_base_.train_pipeline[-1:-1] = _base_.randaugment_and_erasing
 train_dataloader = dict(batch_size=128, dataset=dict(pipeline=_base_.train_pipeline))

@@ -15,7 +15,15 @@ model = dict(
     ),
     head=dict(num_classes=10, in_channels=192),
 )
-_base_.train_pipeline[-1:-1] = _base_.color_and_erasing
+_, erasing = _base_.randaugment_and_erasing
+jitter = dict(  # in place of RandAugment, for which three epochs are few
+    type='mmpretrain.ColorJitter',
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.4,
+    backend='cv2',  # mmcv's other backend warns each time
+)
+_base_.train_pipeline[-1:-1] = [jitter, erasing]
 train_dataloader = dict(dataset=dict(pipeline=_base_.train_pipeline))
 lr = 1e-3
 optim_wrapper = dict(optimizer=dict(lr=lr), paramwise_cfg=dict(layer_decay_rate=0.75))

@@ -1,16 +1,21 @@
 """Loading says what fits; a new head may be missing, a wrong file may not pass."""
 
 import re
+from pathlib import Path
 
 import official_reference as official
 import pytest
 import torch
+from builders import GRID, build_cae
 from mmengine.registry import MODELS
 
 import cae_mm.registry  # noqa: F401
-from cae_mm.checkpoints.pretrained import compare_keys, load_pretrained
+from cae_mm.checkpoints.description import KEY
+from cae_mm.checkpoints.files import Checkpoint
+from cae_mm.checkpoints.pretrained import compare_keys, load_pretrained, match_weights
 from cae_mm.conversion import convert_checkpoint
 from cae_mm.models import CAEViT
+from cae_mm.models.positions import SinCosPositions
 
 ARCH = dict(embed_dims=24, depth=2, num_heads=3, layer_scale=0.1)
 
@@ -154,6 +159,20 @@ def test_positions_are_resized_from_the_size_that_the_file_says(tmp_path, log, o
     expected = build(img_size=16, pretrain_img_size=12)
     expected.load_state_dict(vit.state_dict())
     assert torch.equal(vit(images)[0], expected(images)[0])
+
+
+def test_regressor_and_decoder_have_the_positions_of_the_encoder():
+    """At another size too: their weights know both in one system of coordinates."""
+    own, large = build_cae(), build_cae(backbone=dict(img_size=(16 * GRID[0], 16 * GRID[1])))
+    meta = {KEY: {'encoder': own.backbone.describe().to_dict()}}
+    content = {'state_dict': own.state_dict(), 'meta': meta}
+    for model in (large, own):
+        match_weights(model, Checkpoint(Path('a.pth'), content))
+        grid, exact = model.backbone.grid, SinCosPositions(16)
+        for positions in (model.backbone.positions, model.neck.positions):
+            table = positions(grid, torch.device('cpu'))
+            assert torch.equal(table, exact(grid, torch.device('cpu'))) == (model is own)
+            assert torch.equal(table, model.backbone.positions(grid, torch.device('cpu')))
 
 
 def test_urls_and_missing_files_are_refused(tmp_path):

@@ -82,7 +82,8 @@ def test_all_views_show_the_crop_that_was_drawn(
     if box != transform._central_crop(W, H):
         assert (w + 0.5) * (h + 0.5) >= scale[0] * W * H
         assert (w - 0.5) * (h - 0.5) <= scale[1] * W * H
-        assert (w + 0.5) / (h - 0.5) >= ratio[0] and (w - 0.5) / (h + 0.5) <= ratio[1]
+        low, high = (limit * views[0][1] / views[0][0] for limit in ratio)
+        assert (w + 0.5) / (h - 0.5) >= low and (w - 0.5) / (h + 0.5) <= high
     crop = Image.fromarray(image[:, ::-1] if flip else image)
     crop = crop.crop((left, top, left + w, top + h))
     assert results['img_shape'] == views[0] and results['ori_shape'] == size
@@ -91,6 +92,19 @@ def test_all_views_show_the_crop_that_was_drawn(
         theirs = crop.resize(shape[::-1], Image.Resampling[how.upper()])
         np.testing.assert_allclose(view, np.asarray(theirs), atol=2)
     assert len(results['img']) == len(views)
+
+
+@pytest.mark.parametrize('size', [(8, 24), (24, 8), (16, 16)])
+def test_an_image_of_the_size_s_shape_is_hardly_stretched(size):
+    """Within the range that is the official one's for squares; the whole image in evaluation."""
+    height, width = 10 * size[0], 10 * size[1]
+    transform = TwoViewResizedCrop(size, None)
+    np.random.seed(0)
+    boxes = [transform._draw_crop(width, height) for _ in range(200)]
+    stretch = [(w / size[1]) / (h / size[0]) for _, _, w, h in boxes]
+    assert 0.7 < min(stretch) < 0.8 < 1.25 < max(stretch) < 1.4  # 3/4 to 4/3, rounded to pixels
+    assert transform._central_crop(width, height) == (0, 0, width, height)
+    assert transform.ratio == (3 / 4, 4 / 3) or size[0] != size[1]
 
 
 def test_default_interpolations_are_bicubic_and_lanczos(photo):

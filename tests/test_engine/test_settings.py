@@ -70,6 +70,8 @@ def test_image_size_of_classifiers(name, size, edge, pretrained, inserted):
     apply_settings(cfg, img_size=size)
     train, *evaluations = pipelines(cfg)
     assert train['RandomResizedCrop'].scale == size
+    ratios = train['RandomResizedCrop'].get('aspect_ratio_range')  # as little stretched
+    assert ratios == (pytest.approx((5 / 4, 20 / 9)) if size == (96, 160) else None)
     assert len(evaluations) == 2
     for steps in evaluations:
         assert (steps['ResizeEdge'].scale, steps['CenterCrop'].crop_size) == (edge, size)

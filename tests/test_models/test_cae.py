@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from builders import GRID, VOCAB, build_cae, make_batch
-from mmengine.runner.checkpoint import get_state_dict
+from mmengine.runner.checkpoint import get_state_dict, load_state_dict
 from mmpretrain.structures import DataSample
 
 from cae_mm.patches import split_mask
@@ -177,6 +177,19 @@ def test_ema_teacher():
     model.eval()(views, samples, mode='loss')
     assert all(torch.equal(v, before[k]) for k, v in model.teacher.state_dict().items())
     assert 'teacher.cls_token' in model.state_dict()  # needed to resume
+
+
+@pytest.mark.parametrize('load', [torch.nn.Module.load_state_dict, load_state_dict])
+def test_a_teacher_follows_weights_that_have_none(load):
+    """They are of a training without one, read by torch or by the Runner (mmengine's function)."""
+    weights = {k: v + 1 for k, v in build_cae().state_dict().items()}
+    model = build_cae(teacher_momentum=0.9)
+    load(model, weights, strict=False)
+    teacher = model.teacher.state_dict()
+    assert all(torch.equal(v, weights[f'backbone.{k}']) for k, v in teacher.items())
+    own = {k: v + k.startswith('teacher.') for k, v in model.state_dict().items()}
+    load(model, own, strict=True)  # one that has a teacher keeps it
+    assert all(torch.equal(v, own[f'teacher.{k}']) for k, v in model.teacher.state_dict().items())
 
 
 def test_teacher_momentum_is_checked():
