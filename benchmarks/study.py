@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -260,8 +261,17 @@ class Study:
         return judged
 
     def _train_task(self, row: Row, seed: int, name: str, checkpoint: Path | str) -> float:
-        """Train a task that begins with the encoder; return its metric, in [0, 1]."""
+        """Train a task that begins with the encoder; return its metric, in [0, 1].
+
+        One that was begun with other settings is removed, and trained anew.
+        """
         task, folder = row.tasks[name], self.folder_of(row, seed) / name
+        settings = json.dumps({key: task[key] for key in task if key != 'metric'}, sort_keys=True)
+        file = folder / 'task.json'
+        if file.exists() and file.read_text() != settings:
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(settings)
         options = self._fill_in(task.get('options', {}), seed) | {'randomness.seed': seed}
         if checkpoint == 'random':
             options['model.backbone.init_cfg'] = None

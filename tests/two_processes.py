@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 
 from cae_mm.engine import CAERunner
 from cae_mm.engine.processes import unwrap
+from cae_mm.engine.sharding import gathered_weights
 
 IMAGES, WIDTH, CLASSES = 12, 16, 3
 ENCODER = dict(
@@ -139,6 +140,16 @@ class RecordLosses(Hook):
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any, outputs: Any) -> None:
         """Keep it."""
         self.losses.append(outputs['loss'].item())
+
+
+@HOOKS.register_module()
+class Look(Hook):
+    """Call the encoder before the model was called once, as after the last step of an epoch."""
+
+    def before_train(self, runner: Any) -> None:
+        """Call it; a sharded one gathers its weights."""
+        with gathered_weights(runner.model), torch.no_grad():
+            runner.model.backbone(torch.zeros(1, 3, GRID[0] * PATCH, GRID[1] * PATCH))
 
 
 def run_config(kind: str, work_dir: Path, processes: int, **changes: Any) -> Config:
@@ -265,6 +276,7 @@ def train_all(
     if ('cae', 'fsdp') in runs:
         file = str(folder / 'cae/epoch_1.pth')
         options = dict(settings=dict(fsdp=True), resume=True, load_from=file)
+        options['custom_hooks'] = [*run_config('cae', folder, 2).custom_hooks, dict(type='Look')]
         results['resumed'] = report(train('cae', folder / 'resumed', 2, **options))
     results['gathered'] = report(train('cae', folder / 'gathered', 2, gathered=3))
     for mode in dict.fromkeys(mode for _, mode in runs):

@@ -24,6 +24,7 @@ FAULTS = {  # what a process does to itself
     'stalled': lambda: time.sleep(3600),
     'circles': lambda: any(n < 0 for n in itertools.count()),
     'memory': lambda: torch.empty(2**50),
+    'storage': lambda: (_ for _ in ()).throw(ConnectionError('Connection reset by peer: storage')),
 }
 
 

@@ -5,7 +5,7 @@
 #
 # GPUS            processes in all (8)
 # GPUS_PER_NODE   of them on each node (8, or GPUS if that is less)
-# CPUS_PER_TASK   cores for each process and its data workers (5)
+# CPUS_PER_TASK   cores for each process and its data workers (of the job, or 5)
 # SRUN_ARGS       more options of srun, as in SRUN_ARGS='--time=24:00:00 --exclusive'
 # PYTHON          the interpreter (python)
 # SIGNAL          what Slurm sends, and how many seconds before the time is up (USR1@120): the run
@@ -46,7 +46,7 @@ srun \
   --gres="gpu:$per_node" \
   --ntasks="$gpus" \
   --ntasks-per-node="$per_node" \
-  --cpus-per-task="${CPUS_PER_TASK:-5}" \
+  --cpus-per-task="${CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-5}}" \
   --kill-on-bad-exit=1 \
   --signal="${SIGNAL:-USR1@120}" \
   "${srun_args[@]}" \

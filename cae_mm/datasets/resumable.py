@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from cae_mm.datasets.unreadable import collecting_unreadable
 from cae_mm.seeds import DATA, seed_everything_for
 
+ORPHANED_AFTER = 5  # seconds in which a worker sees that its process is gone
 # what a loader is made of beside data and order
 OPTIONS = (
     'num_workers',
@@ -161,16 +162,18 @@ def start_worker(prepare: Callable[[int], None] | None, worker_id: int) -> None:
     """Start a data worker that ends by signal only when its own process asks for that.
 
     Schedulers and torchrun send SIGTERM to all processes of a run. A worker that ends would take
-    the run with it, which still wants batches up to the next update, and then to save.
+    the run with it, which still wants batches up to the next update, and then to save. It ends
+    with that process too, even if it has batches to send (for which torch would wait).
     """
     if prepare is not None:
         prepare(worker_id)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_for_parent, daemon=True).start()
+    threading.Thread(target=_end_for_parent, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_for_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _end_for_parent(parent: int) -> None:
+    told = None
+    while os.getppid() == parent and (told is None or told.si_pid != parent):
+        told = signal.sigtimedwait({signal.SIGTERM}, ORPHANED_AFTER)
     os._exit(0)

@@ -23,7 +23,8 @@ MAX_CATEGORIES = 2**24  # bytes
 # seconds without a batch: less than the 600 after which NCCL ends the processes that wait for this
 WORKER_TIMEOUT = 300
 WORKER_FAULTS = {  # what torch says, and what it means
-    'DataLoader timed out': 'the data workers made no batch in time. Storage hangs, a file takes '
+    'DataLoader timed out': 'the data workers made no batch in time. If a thread that pins memory '
+    'has ended, its error is above; else storage hangs, a file takes '
     'for ever (tools/check_images.py finds it), or reading is slower than that: '
     'train_dataloader.timeout=SECONDS (val_dataloader, ...) waits longer, 0 without end',
     'signal: Killed': 'a data worker was killed, by the kernel if memory ran out (`dmesg` says so; '
@@ -32,6 +33,10 @@ WORKER_FAULTS = {  # what torch says, and what it means
     '--shm-size=16g), or take fewer with train_dataloader.num_workers',
     'signal: Segmentation fault': 'a data worker crashed: tools/check_images.py names the images '
     'that no decoder survives',
+    'items of ancdata': 'data workers ran out of open files: `ulimit -n 65536` before the run',
+    'Too many open files': 'this process ran out of open files: `ulimit -n 65536` before the run',
+    'Pin memory thread exited': 'the thread that pins memory ended, its error is above: '
+    'train_dataloader.pin_memory=False goes without it',
     'exited unexpectedly': 'a data worker ended: its own message is above, if it had one; '
     'train_dataloader.num_workers=0 shows more',
 }
@@ -197,7 +202,7 @@ def explained_worker_faults() -> Iterator[None]:
         except (EOFError, ConnectionError):  # a tensor from a worker that may be dying
             time.sleep(1)  # if so, torch's handler of SIGCHLD says it here
             raise
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         told = f'{error.__cause__ or ""} {error}'.strip()  # the first of two has the signal
         for sign, text in WORKER_FAULTS.items():
             if sign in told:

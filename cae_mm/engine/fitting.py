@@ -172,5 +172,7 @@ def _fit_loaders(cfg: Config, launcher: str) -> list[str]:
 
 def count_cores(launcher: str) -> int:
     """Cores for each process of a run on this machine."""
+    if launcher == 'slurm' and (own := os.environ.get('SLURM_CPUS_PER_TASK')):
+        return min(joblib.cpu_count(), int(own))  # to which Slurm may have bound it already
     processes = int(os.environ.get(LOCAL_WORLD_SIZE.get(launcher, ''), 1))
     return max(joblib.cpu_count() // processes, 1)

@@ -25,6 +25,7 @@ from cae_mm.engine.fitting import count_cores, fit_config
 from cae_mm.engine.loops import ResumableEpochLoop, ResumableIterLoop
 from cae_mm.engine.message_hub import DeferredMessageHub
 from cae_mm.engine.processes import on_main_process, rendezvous_after_restart, unwrap
+from cae_mm.engine.recounting import count_steps, recount, repeat_schedules
 from cae_mm.engine.sharding import (
     gathered_state,
     is_sharded,
@@ -54,6 +55,7 @@ class CAERunner(Runner):
     """
 
     watch: Watch | None = None
+    schedules_begin_anew = False
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> 'CAERunner':
@@ -140,8 +142,7 @@ class CAERunner(Runner):
         Raises:
             OSError: On all processes, if the file cannot be written.
         """
-        loader: Any = self.train_dataloader
-        options['meta'] = dict(options.get('meta') or {}, epoch_length=len(loader))
+        options['meta'] = dict(options.get('meta') or {}, **count_steps(self))
         if file_client_args is None and options.get('backend_args') is None:
             options['backend_args'] = dict(backend=BACKEND) if '://' not in out_dir else None
         save = super().save_checkpoint
@@ -151,18 +152,12 @@ class CAERunner(Runner):
             on_main_process(save, out_dir, filename, file_client_args, **options)
 
     def load_checkpoint(self, *args: Any, **options: Any) -> dict[str, Any]:
-        """Load a checkpoint; a run whose epochs have another length begins that epoch again."""
+        """Load a checkpoint; what it counts is counted in steps of this run."""
         checkpoint = super().load_checkpoint(*args, **options)
-        loop: Any = self._train_loop
-        if self._resume and isinstance(loop, EpochBasedTrainLoop):
-            meta, length = checkpoint['meta'], len(loop.dataloader)
-            start = meta['epoch'] * length
-            if meta.get('epoch_length') != length and meta['iter'] != start:
-                self.logger.warning(
-                    f'the checkpoint is of a run with {meta.get("epoch_length")} batches an epoch, '
-                    f'this one has {length}: it begins epoch {meta["epoch"] + 1} again'
-                )
-                meta['iter'] = start
+        trains = self._resume and isinstance(self._train_loop, BaseLoop)
+        if trains and recount(self, checkpoint['meta'], self.logger.warning):
+            checkpoint.pop('param_schedulers', None)
+            self.schedules_begin_anew = self.cfg.get('param_scheduler') is not None
         return checkpoint
 
     def resume(self, *args: Any, **options: Any) -> None:
@@ -170,6 +165,8 @@ class CAERunner(Runner):
         if is_sharded(self.model):
             shard_optimizer_state(self.optim_wrapper.optimizer)
         super().resume(*args, **options)
+        if self.schedules_begin_anew:
+            repeat_schedules(self)
 
     def _init_model_weights(self) -> None:
         if not is_sharded(self.model):  # else done: whole tensors are what can be initialised

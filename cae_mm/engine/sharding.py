@@ -96,6 +96,7 @@ def gathered_weights(model: nn.Module) -> Iterator[None]:
     """Let parts of a model be called without the model; blocks gather theirs by themselves."""
     sharded: Any = model if is_sharded(model) else None
     if sharded:
+        sharded._get_fsdp_state()._lazy_init()  # else a part called first would be a root
         sharded.unshard()
     try:
         yield

@@ -196,7 +196,8 @@ class Watch:
             fault = self.find_fault(SHORT)
             if not fault and 'timed out' in told.lower():  # by one that runs, but in circles
                 fault = self._find_still()
-            return fault and f'rank {self.rank} ends: {fault}'
+            if fault:
+                return f'rank {self.rank} ends: {fault}'
         self.failure = told[:1000]
         self.woken.set()
         self._wait(2, self._is_told)

@@ -23,6 +23,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 from tqdm import tqdm
 
 from cae_mm.datasets import LoadImage
+from cae_mm.datasets.resumable import start_worker
 from cae_mm.evaluation.encoder import Encoder
 
 CROP_RATIO = 224 / 256  # share of the resized short edge that the crop keeps
@@ -122,6 +123,7 @@ def _load_with_processes(
         batch_size=batch_size,
         num_workers=min(joblib.cpu_count(), 4) if num_workers is None else num_workers,
         pin_memory=True,
+        worker_init_fn=partial(start_worker, None),
         generator=torch.Generator(),  # else the loader takes a number from the global one
     )
     return (batch for batch, _ in loader)

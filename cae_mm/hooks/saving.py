@@ -58,6 +58,7 @@ class CheckpointHook(hooks.CheckpointHook):
         self.remove = self.file_backend.remove
         self.file_backend.remove = self.outdated.append  # mmengine removes before it writes
         self.saved_at = time.monotonic()
+        self.saved = False  # a regular file, in this run
         if is_distributed():
             self.group = torch.distributed.new_group(backend='gloo')
         if threading.current_thread() is threading.main_thread():
@@ -126,12 +127,15 @@ class CheckpointHook(hooks.CheckpointHook):
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
         """Save, and then remove what mmengine says."""
         super()._save_checkpoint_with_step(runner, step, meta)
+        self.saved = True
         self.saved_at = time.monotonic()
         while self.outdated:
             self.remove(self.outdated.pop())
 
     def _end(self, runner: Runner, number: int) -> None:
         barrier()  # a launcher ends all processes when one of them ends
+        for own in self.handlers:
+            signal.signal(own, signal.SIG_IGN)  # whose signal would change this one's status
         name = signal.Signals(number).name
         runner.logger.warning(
             f'{name}: saved, ending with status {TRY_AGAIN}; --resume goes on from here'
@@ -141,7 +145,8 @@ class CheckpointHook(hooks.CheckpointHook):
     def after_train(self, runner: Runner) -> None:
         """Remove what a finished training does not need."""
         super().after_train(runner)
-        if self.save_last and runner.iter >= runner.max_iters and is_main_process():
+        done = runner.iter >= runner.max_iters and self.saved and self.save_last
+        if done and is_main_process():
             self._remove_between(runner.message_hub.runtime_info.get('steps_between', []))
         self.close()
 

@@ -338,7 +338,7 @@ def _leave_out_target_generator(
         del state_dict[key]
 
 
-def _start_teacher_from_encoder(module: nn.Module, incompatible_keys: Any) -> None:
+def _start_teacher_from_encoder(module: Any, incompatible_keys: Any) -> None:
     """Weights of a training without a teacher bring none: it starts as a copy again."""
     if any(key.startswith('teacher.') for key in incompatible_keys.missing_keys):
         module.teacher.load_state_dict(module.backbone.state_dict())

@@ -159,6 +159,25 @@ def test_what_a_run_needs_is_in_its_price(study, tmp_path):
         read.price('second', 0)
 
 
+def test_a_task_that_changed_is_trained_anew(study, tmp_path, monkeypatch):
+    def train(config):
+        """A finished training, gone on with, trains and logs nothing."""
+        log = config.parent / '1/vis_data/scalars.json'
+        if not log.exists():
+            log.parent.mkdir(parents=True)
+            weight_decay = study.load_config(config).optim_wrapper.optimizer.weight_decay
+            log.write_text(json.dumps({'mIoU': 100 * weight_decay}))
+
+    monkeypatch.setattr(study, 'train', train)
+    config = 'configs/imagenette/vit-micro-p8_cae-pre_1xb64-coslr-3e_imagenette-64px.py'
+    for decay in (0.25, 0.5):
+        options = {'optim_wrapper.optimizer.weight_decay': decay}
+        tasks = {'a': dict(config=config, options=options, metric='mIoU')}
+        table = study.Study(write_table(tmp_path, dict(cae=dict(tasks=tasks))), tmp_path / 'runs')
+        for _ in range(2):
+            assert table._train_task(table.rows['cae'], 0, 'a', 'random') == decay
+
+
 def test_report_has_spread_and_differences_by_seed(study, tmp_path):
     three = dict(seeds=[0, 1, 2])
     rows = dict(ref=three, other=three, once=dict(seeds=[1]), later={})

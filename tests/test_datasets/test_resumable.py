@@ -1,11 +1,14 @@
 """Batches of a training, from any of them on, with random numbers of their own."""
 
+import os
 import pickle
 import random
+import time
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 
+import interrupted
 import numpy as np
 import pytest
 import torch
@@ -35,6 +38,13 @@ class Draws:
 
     def get_data_info(self, index):
         return dict(width=index % 3, height=1)
+
+
+class Large(Draws):
+    """More than a pipe takes."""
+
+    def __getitem__(self, index):
+        return bytes(2**20)
 
 
 def make(kind, workers=0, seed=5):
@@ -93,6 +103,30 @@ def test_batches_do_not_depend_on_workers_and_places_before(kind):
     for start in (1, 3, 7):  # a finite epoch has three batches
         assert take(make(kind, workers=start % 3), start, 10 - start) == whole[start:]
     assert take(make(kind, seed=6), 0, 1)[0] != whole[0]
+
+
+def load_and_vanish(folder):
+    """Leave workers that wait to send what nobody reads: of two, each has the pipe of the other."""
+    loader = DataLoader(
+        Large(), 1, num_workers=2, collate_fn=list, worker_init_fn=partial(start_worker, None)
+    )
+    batches = iter(loader)
+    next(batches)
+    (folder / 'workers').write_text(' '.join(str(worker.pid) for worker in batches._workers))
+    time.sleep(0.5)
+    os._exit(1)
+
+
+def test_workers_end_with_a_process_that_vanishes(tmp_path, monkeypatch):
+    monkeypatch.setattr('cae_mm.datasets.resumable.ORPHANED_AFTER', 0.2)
+    process = interrupted.start(load_and_vanish, tmp_path)
+    process.join()
+    assert process.exitcode == 1
+    workers = [int(word) for word in (tmp_path / 'workers').read_text().split()]
+    end = time.monotonic() + 4  # torch's own watch of the process takes five seconds
+    while any(os.path.exists(f'/proc/{worker}') for worker in workers):
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_an_epoch_goes_on_at_any_batch():

@@ -105,6 +105,22 @@ def test_a_run_that_is_told_to_end_saves_first(tmp_path):
     same_weights(*(last_file(tmp_path / name) for name in ('run', 'whole')))
 
 
+def hear_no_more(folder: Path) -> None:
+    """Train until told to end, and say what another signal would do then."""
+    try:
+        run('linear', folder, at=3, sent=signal.SIGTERM)
+    finally:
+        folder.with_name('then').write_text(str(signal.getsignal(signal.SIGTERM)))
+
+
+def test_a_run_that_has_saved_ends_with_its_status_whatever_it_is_told(tmp_path):
+    """Of several processes the first to end makes Slurm send SIGTERM to the others."""
+    process = start(hear_no_more, tmp_path / 'run')
+    process.join()
+    assert process.exitcode == TRY_AGAIN
+    assert (tmp_path / 'then').read_text() == str(signal.SIG_IGN)
+
+
 def kill_while_writing(folder: Path, share: float) -> None:
     """Train, and die when a part of the second file is written."""
     written = []
@@ -270,6 +286,66 @@ def test_another_length_of_an_epoch_begins_it_again(tmp_path):
     [log] = (tmp_path / 'other').glob('*/*.log')
     text = 'of a run with 6 batches an epoch, this one has 4: it begins epoch 2 again'
     assert text in log.read_text()
+
+
+@HOOKS.register_module()
+class NoteRates(Hook):
+    """The learning rate of each step."""
+
+    priority = 'VERY_HIGH'  # before the schedules
+
+    def __init__(self):
+        self.rates: dict[int, float] = {}
+
+    def after_train_iter(self, runner, *_, **__):
+        self.rates[runner.iter] = runner.optim_wrapper.get_lr()['lr'][0]
+
+
+def rates_of(runner) -> dict[int, float]:
+    [hook] = [hook for hook in runner.hooks if isinstance(hook, NoteRates)]
+    return hook.rates
+
+
+RATES = dict(hooks=[dict(type='NoteRates')], log_level='WARNING')
+SCHEDULES = [
+    dict(type='LinearLR', start_factor=0.1, end=1, convert_to_iter_based=True),
+    dict(type='CosineAnnealingLR', begin=1, eta_min=0.1, convert_to_iter_based=True),
+    dict(type='ConstantLR', factor=0.5, begin=0, end=2),  # by epochs
+]
+
+
+@pytest.mark.parametrize(
+    ('by', 'file', 'first'),
+    [('epochs', 'epoch_2', 8), ('epochs', 'iter_9', 4), ('iterations', 'iter_20', 10)],
+)
+def test_schedules_go_on_where_steps_are_counted_anew(by, file, first, tmp_path):
+    """At the rates of a run of this batch, whatever batch had been before."""
+    if by == 'epochs':
+        before, now = dict(batch=2), dict(batch=3)
+        both = RATES | dict(param_scheduler=SCHEDULES)
+    else:
+        both = RATES | BY_ITERATIONS | dict(auto_scale_lr=dict(enable=True, base_batch_size=6))
+        both['param_scheduler'] = [dict(type='PolyLR', by_epoch=False, eta_min=0.01, power=0.9)]
+        before, now = dict(batch=3, gathered=2), dict(batch=6)
+    at = int(file.partition('_')[2]) - 1 if 'iter' in file else -1
+    process = start(run, 'linear', tmp_path / 'one', at=at, sent=signal.SIGUSR1, **both, **before)
+    process.join()
+    expected = rates_of(run('linear', tmp_path / 'whole', **both, **now))
+    assert len(set(expected.values())) > 6
+    resumed = dict(load_from=str(tmp_path / f'one/{file}.pth'), resume=True)
+    rates = rates_of(run('linear', tmp_path / 'other', **both, **now, **resumed))
+    assert sorted(rates) == list(range(first, len(expected)))
+    for step, rate in rates.items():
+        assert rate == pytest.approx(expected[step], rel=1e-12)
+
+
+def test_a_run_that_is_past_its_end_removes_nothing(tmp_path):
+    process = start(run, 'linear', tmp_path / 'run', at=8, sent=signal.SIGUSR1)
+    process.join()
+    before = sorted((tmp_path / 'run').glob('*.pth'))
+    assert tmp_path / 'run/iter_9.pth' in before
+    run('linear', tmp_path / 'run', train_cfg=dict(by_epoch=True, max_epochs=1), resume=True)
+    assert sorted((tmp_path / 'run').glob('*.pth')) == before
 
 
 def test_files_are_written_by_the_clock(tmp_path, monkeypatch):

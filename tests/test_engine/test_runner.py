@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cae_mm.engine import CAERunner
-from cae_mm.engine.fitting import count_processes, fit_batch, fit_config
+from cae_mm.engine.fitting import count_cores, count_processes, fit_batch, fit_config
 from cae_mm.engine.message_hub import read_scalars
 from cae_mm.hooks import ProgressHook
 from cae_mm.hooks.saving import SIGNALS
@@ -289,6 +289,11 @@ def test_processes_of_the_launchers(monkeypatch):
     cfg.auto_scale_lr.base_batch_size = 24
     assert fit_config(cfg)[-1] == 'batch: 6 x 2 x 2 gathered = 24 (the recipe: 24)'
     assert cfg.train_dataloader.num_workers == 2
+    monkeypatch.setenv('SLURM_NTASKS_PER_NODE', '2')
+    assert count_cores('slurm') == 2
+    for own, cores in (('3', 3), ('8', 4)):  # of a process, to which it may be bound
+        monkeypatch.setenv('SLURM_CPUS_PER_TASK', own)
+        assert count_cores('slurm') == cores
     assert cfg.model_wrapper_cfg.device_ids is None  # processes on CPUs
 
 

@@ -15,6 +15,10 @@ FAULTS = {
     ('stalled', 0): ('nobody has got on for 6 s; the others wait for rank 0 (process {}', 6),
     ('circles', 1): ('nobody has got on for 6 s; the others wait for rank 1 (process {}', 6),
     ('memory', 1): ("rank 1 failed (process {} .*can't allocate memory.*Take less", 40),
+    ('storage', 1): (
+        'rank 1 failed (process {} .*reset by peer: storage.*Mend that',
+        40,
+    ),
     ('memory', 0): ("rank 0 failed (process {} .*can't allocate memory.*Take less", 40),
 }
 

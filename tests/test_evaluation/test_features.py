@@ -1,6 +1,8 @@
 import json
+import multiprocessing
 import os
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 
 from cae_mm.evaluation.encoder import load_encoder
 from cae_mm.evaluation.features import (
+    _load_with_processes,
     cached_features,
     central_crop,
     check_same_classes,
@@ -74,6 +77,15 @@ def test_data_workers_change_nothing_and_no_random_number_is_drawn(encoder, imag
     actual = extract(encoder, images, range(14), num_workers=2)
     assert torch.equal(actual, expected)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # it is for GPUs
+def test_data_workers_serve_on_when_all_of_a_run_are_told_to_end(images):
+    batches = _load_with_processes(images, range(14), 2, num_workers=1)
+    first = next(batches)
+    [worker] = multiprocessing.active_children()
+    subprocess.run(['kill', '-TERM', str(worker.pid)], check=True)  # not by its own process
+    assert len(torch.cat([first, *batches])) == 14
 
 
 def test_workers_fit_the_machine(encoder, images, monkeypatch):
