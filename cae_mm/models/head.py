@@ -37,6 +37,11 @@ class CAEPretrainHead(BaseModule):
         cosine: bool = False,
     ) -> None:
         super().__init__()
+        if norm_target and not align_weight:
+            raise ValueError(
+                'norm_target is for the alignment, which align_weight=0 leaves out: choose one of '
+                'the two'
+            )
         self.align_weight = align_weight
         self.main_weight = main_weight
         self.norm_target = norm_target

@@ -74,6 +74,11 @@ def test_without_alignment_its_target_is_not_computed(monkeypatch):
     model(views, samples, mode='loss')
 
 
+def test_normalised_targets_without_alignment_are_refused():
+    with pytest.raises(ValueError, match='norm_target .* align_weight=0 .* choose one'):
+        build_cae(head=dict(align_weight=0, norm_target=True))
+
+
 def test_a_teacher_without_alignment_is_refused():
     with pytest.raises(ValueError, match='teacher_momentum .* head.align_weight=0 .* choose one'):
         build_cae(**NO_ALIGNMENT, teacher_momentum=0.9)
