@@ -37,7 +37,10 @@ def recount(runner: Runner, meta: dict[str, Any], warn: Callable[[str], None]) -
     text = f'goes on from step {meta["iter"]}'
     if by_epoch and (before is None or done != meta['epoch'] * before):
         text = f'begins epoch {meta["epoch"] + 1} again'
-    warn(f'the checkpoint is of a run with {before} batches {what}, this one has {now}: it {text}')
+    warn(
+        f'the checkpoint is of a run with {before or "?"} batches {what}, this one has {now}: '
+        f'it {text}'
+    )
     return True
 
 
