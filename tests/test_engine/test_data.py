@@ -183,3 +183,16 @@ def test_tensor_of_a_worker_that_is_just_killed(error):
         raise error
     with pytest.raises(error), explained_worker_faults():  # no worker has died
         raise error
+
+
+@pytest.mark.parametrize(
+    ('error', 'message'),
+    [
+        (OSError(24, 'Too many open files'), 'ran out of open files: `ulimit -n 65536`'),
+        (RuntimeError('received 0 items of ancdata'), 'ran out of open files: `ulimit -n 65536`'),
+        (RuntimeError('Pin memory thread exited unexpectedly'), 'pin_memory=False goes without'),
+    ],
+)
+def test_what_ends_the_loading_beside_workers(error, message):
+    with pytest.raises(RuntimeError, match=message), explained_worker_faults():
+        raise error
