@@ -101,18 +101,29 @@ OFFICIAL: list[Rule] = [
     Move('decoder.norm.{p}', 'neck.decoder_norm.{p}'),
     Move('decoder.head.{p}', 'neck.output.{p}'),
 ]
+
+
+def _joined_neck(
+    name: str, regressor_blocks: str, regressor_block: Mapping[str, str], decoder_blocks: str
+) -> list[Rule]:
+    """Regressor and decoder in one module, as in the authors' first code and in PASSL."""
+    return [
+        Move('mask_token', 'neck.mask_token'),
+        Move('encoder_to_decoder.{p}', 'neck.projection.0.{p}'),
+        Move('encoder_to_decoder_norm.{p}', 'neck.projection.1.{p}'),
+        *_moves(regressor_block, f'{name}.{regressor_blocks}.{{i}}.', 'neck.regressor.{i}.'),
+        Move(f'{name}.norm.{{p}}', 'neck.regressor_norm.{p}'),
+        *_moves(BLOCK, f'{name}.{decoder_blocks}.{{i}}.', 'neck.decoder.{i}.'),
+        Move(f'{name}.norm2.{{p}}', 'neck.decoder_norm.{p}'),
+        Move(f'{name}.head.{{p}}', 'neck.output.{p}'),
+    ]
+
+
 # names of the authors' first code (June 2022), with which CAE-B and CAE-L were published
 OFFICIAL_2022: list[Rule] = [
     *OFFICIAL_ENCODER,
     LeaveOut('teacher.{rest}', note='a copy of the encoder, one step late'),
-    Move('mask_token', 'neck.mask_token'),
-    Move('encoder_to_decoder.{p}', 'neck.projection.0.{p}'),
-    Move('encoder_to_decoder_norm.{p}', 'neck.projection.1.{p}'),
-    *_moves(OFFICIAL_REGRESSOR_BLOCK, 'pretext_neck.regressor_blocks.{i}.', 'neck.regressor.{i}.'),
-    Move('pretext_neck.norm.{p}', 'neck.regressor_norm.{p}'),
-    *_moves(BLOCK, 'pretext_neck.decoder_blocks.{i}.', 'neck.decoder.{i}.'),
-    Move('pretext_neck.norm2.{p}', 'neck.decoder_norm.{p}'),
-    Move('pretext_neck.head.{p}', 'neck.output.{p}'),
+    *_joined_neck('pretext_neck', 'regressor_blocks', OFFICIAL_REGRESSOR_BLOCK, 'decoder_blocks'),
 ]
 OFFICIAL_FINETUNED: list[Rule] = [
     *_official_encoder(''),
@@ -136,14 +147,7 @@ PASSL: list[Rule] = [
     LeaveOut(
         'teacher_network.{rest}', note='moving average of the encoder, not part of the network'
     ),
-    Move('mask_token', 'neck.mask_token'),
-    Move('encoder_to_decoder.{p}', 'neck.projection.0.{p}'),
-    Move('encoder_to_decoder_norm.{p}', 'neck.projection.1.{p}'),
-    *_moves(REGRESSOR_BLOCK, 'regressor_and_decoder.blocks.{i}.', 'neck.regressor.{i}.'),
-    Move('regressor_and_decoder.norm.{p}', 'neck.regressor_norm.{p}'),
-    *_moves(BLOCK, 'regressor_and_decoder.self_att_blocks.{i}.', 'neck.decoder.{i}.'),
-    Move('regressor_and_decoder.norm2.{p}', 'neck.decoder_norm.{p}'),
-    Move('regressor_and_decoder.head.{p}', 'neck.output.{p}'),
+    *_joined_neck('regressor_and_decoder', 'blocks', REGRESSOR_BLOCK, 'self_att_blocks'),
 ]
 
 
