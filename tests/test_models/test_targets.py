@@ -151,6 +151,23 @@ def test_dvae_losses():
     assert losses['perplexity'].item() == pytest.approx(1)
 
 
+def test_dvae_loss_of_gradients():
+    """Nothing but the differences of neighbours counts: a shift of all pixels costs nothing."""
+    images = torch.rand(2, 3, 16, 16)
+    plain = small_dvae()(images, mode='loss')
+    assert 'loss_gradient' not in plain
+
+    dvae = small_dvae(gradient_weight=3.0)
+    losses = dvae(images, mode='loss')
+    assert torch.equal(losses['loss_rec'], plain['loss_rec'])
+    dvae.decoder.forward = lambda codes: images + torch.full_like(images, 0.5)
+    assert dvae(images, mode='loss')['loss_gradient'].item() == pytest.approx(0, abs=1e-10)
+    ramp = 0.1 * torch.arange(16.0).view(16, 1) + 0.2 * torch.arange(16.0)  # rows, columns
+    dvae.decoder.forward = lambda codes: images + ramp
+    expected = 3 * (0.1**2 + 0.2**2)
+    assert dvae(images, mode='loss')['loss_gradient'].item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_dvae_trains_all_its_parameters():
     dvae = small_dvae()
     losses = dvae(torch.rand(2, 3, 16, 16), mode='loss')

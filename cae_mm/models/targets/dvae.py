@@ -50,6 +50,8 @@ class DiscreteVAE(Tokenizer, BaseModel):
         hidden_dims: Width of the convolutions.
         num_res_blocks: Residual blocks at the lowest resolution, in encoder and decoder each.
         usage_weight: Weight of ``loss_usage``.
+        gradient_weight: Weight of ``loss_gradient``, which has edges count more than colours; 0, as
+            DALL-E has none: it is not computed.
         temperature: Of the Gumbel-softmax; ``GumbelTemperatureHook`` anneals it.
         data_preprocessor: For training; images are to be in [-1, 1] (mean and std 127.5).
         init_cfg: ``dict(type='Pretrained', checkpoint=...)`` when used as tokenizer.
@@ -63,6 +65,7 @@ class DiscreteVAE(Tokenizer, BaseModel):
         hidden_dims: int = 256,
         num_res_blocks: int = 2,
         usage_weight: float = 0.01,
+        gradient_weight: float = 0.0,
         temperature: float = 1.0,
         data_preprocessor: dict[str, Any] | None = None,
         init_cfg: dict[str, Any] | None = None,
@@ -70,6 +73,7 @@ class DiscreteVAE(Tokenizer, BaseModel):
         super().__init__(data_preprocessor=data_preprocessor, init_cfg=init_cfg)
         self.vocab_size = vocab_size
         self.usage_weight = usage_weight
+        self.gradient_weight = gradient_weight
         self.temperature = temperature
         D, relu = hidden_dims, nn.ReLU()
         down = [nn.Conv2d(n_in, D, 4, stride=2, padding=1) for n_in in (3, D, D)]
@@ -104,22 +108,28 @@ class DiscreteVAE(Tokenizer, BaseModel):
             ``loss_rec``: mean squared error; ``loss_usage``: ``usage_weight`` times the KL
             divergence of the batch's mean token distribution from the uniform one, in nats
             (0 = all tokens used alike, log K = one token); ``perplexity``: of the most probable
-            tokens of the batch, in [1, K], without gradient.
+            tokens of the batch, in [1, K], without gradient; with ``gradient_weight``
+            ``loss_gradient``: that times the mean squared error of the differences of neighbouring
+            pixels, between rows plus between columns.
         """
         features = self.encoder(images).movedim(1, -1)  # [B, h, w, D]
         logits = self.classify(features)  # [B, h, w, K]
         soft = F.gumbel_softmax(logits, tau=self.temperature, dim=-1)
         codes = (soft @ self.codebook.weight).movedim(-1, 1)  # [B, D', h, w]
-        rec = self.decoder(codes)
+        rec = self.decoder(codes).float()
         usage = logits.softmax(-1).flatten(0, 2).mean(0)  # [K]
         best = logits.argmax(-1).flatten()  # [B*h*w]
         ones = torch.ones_like(best, dtype=usage.dtype)
         hard = torch.zeros_like(usage).scatter_add_(0, best, ones)
-        return {
-            'loss_rec': F.mse_loss(rec.float(), images),
+        losses = {
+            'loss_rec': F.mse_loss(rec, images),
             'loss_usage': self.usage_weight * (math.log(len(usage)) - _entropy(usage)),
             'perplexity': _entropy(hard / hard.sum()).exp().detach(),
         }
+        if self.gradient_weight:
+            rows, columns = (F.mse_loss(rec.diff(dim=d), images.diff(dim=d)) for d in (2, 3))
+            losses['loss_gradient'] = self.gradient_weight * (rows + columns)
+        return losses
 
     @torch.no_grad()
     def decode_tokens(self, tokens: Tensor) -> Tensor:
