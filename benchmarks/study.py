@@ -156,14 +156,18 @@ class Study:
                     f'give it another name, or remove that line and {self.folder_of(row, seed)}'
                 )
             if any(known.get(key) != what.get(key) for key in JUDGING):
-                return row, seed
+                return self._first_needed(row, seed)
         return None
 
     def _first_needed(self, row: Row, seed: int) -> tuple[Row, int]:
-        """The run itself, or one without a result that it needs."""
+        """The run itself, or one that it needs and of which there is no result or no checkpoint.
+
+        Results come with a copy of the table, checkpoints do not.
+        """
         for name in sorted(row.needs):
-            if (name, needed := self._seed_of(name, seed)) not in self.results:
-                return self._first_needed(self.rows[name], needed)
+            needed, of = self.rows[name], self._seed_of(name, seed)
+            if (name, of) not in self.results or not is_trained(self.folder_of(needed, of)):
+                return self._first_needed(needed, of)
         return row, seed
 
     def run(self, row: Row, seed: int) -> None:
@@ -375,6 +379,15 @@ def train(config: Path) -> None:
         done = subprocess.run(command, cwd=ROOT, stdout=file, env=environment)
     if done.returncode:
         raise RuntimeError(f'{config} stopped with status {done.returncode}, see {output}')
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether a folder holds the checkpoint of its config's last epoch."""
+    config = folder / 'config.py'
+    return (
+        config.exists()
+        and (folder / f'epoch_{load_config(config).train_cfg.max_epochs}.pth').exists()
+    )
 
 
 def last_checkpoint(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 
 import pytest
 import yaml
@@ -36,6 +37,10 @@ def add_result(study, file, name, seed, **accuracy):
     )
     with open(file.with_suffix('.jsonl'), 'a') as results:
         results.write(json.dumps(line) + '\n')
+    folder = read.folder_of(read.rows[name], seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'config.py').write_text('train_cfg = dict(max_epochs=3)')
+    (folder / 'epoch_3.pth').touch()
 
 
 def test_rows_are_defaults_and_their_own_and_vary(study, tmp_path):
@@ -89,6 +94,30 @@ def test_a_run_waits_for_the_one_that_it_needs(study, tmp_path):
         order.append((missing[0].name, missing[1]))
         add_result(study, file, *order[-1], knn=0.5)
     assert order == [('a', 0), ('a', 1), ('b', 1), ('c', 1)]
+
+
+def test_what_a_run_needs_is_trained_again_where_only_its_result_is_there(study, tmp_path):
+    rows = dict(dvae={}, a=dict(options={'k': '{dvae}'}))
+    file = write_table(tmp_path, rows)
+    add_result(study, file, 'dvae', 0)
+    add_result(study, file, 'a', 0, knn=0.5)
+    shutil.rmtree(tmp_path / 'dvae')  # as in a copy of the repository
+    assert study.Study(file, tmp_path).find_missing() is None
+
+    rows['b'] = rows['a']
+    file = write_table(tmp_path, rows)
+    assert study.Study(file, tmp_path).find_missing()[0].name == 'dvae'
+    add_result(study, file, 'dvae', 0)
+    (tmp_path / 'dvae/0/epoch_3.pth').rename(tmp_path / 'dvae/0/epoch_2.pth')  # not to its end
+    assert study.Study(file, tmp_path).find_missing()[0].name == 'dvae'
+    add_result(study, file, 'dvae', 0)
+    assert study.Study(file, tmp_path).find_missing()[0].name == 'b'
+    add_result(study, file, 'b', 0, knn=0.5)
+
+    shutil.rmtree(tmp_path / 'dvae')
+    rows['a'] = rows['a'] | dict(judge=['knn'])  # its config is written anew, with that checkpoint
+    file = write_table(tmp_path, rows)
+    assert study.Study(file, tmp_path).find_missing()[0].name == 'dvae'
 
 
 def test_a_row_that_changed_since_it_was_run_is_no_result(study, tmp_path):
