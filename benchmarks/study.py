@@ -244,24 +244,28 @@ class Study:
         return {'model.target_generator': generator, 'model.neck.out_dims': number}
 
     def _judge(self, row: Row, seed: int, config: Path, checkpoint: Path | str) -> dict[str, float]:
-        """Accuracies of quick probes by column, in [0, 1]."""
+        """Accuracies of quick probes by column, in [0, 1]; what was read of a folder is kept."""
+        file = config.with_name('judged.json')
+        known = json.loads(file.read_text()) if file.exists() else {}
         judged = {}
         for prefix, data in [('', row.data), *((f'{k}/', v) for k, v in row.judge_on.items())]:
-            probe = QuickProbe(
-                cfg=load_config(config),
-                checkpoint=checkpoint,
-                train=ROOT / data / 'train',
-                val=ROOT / data / 'val',
-                out=config.parent / 'probe' / prefix,
-                probes=[NAMES[name][1] for name in row.judge],
-                seed=seed,
-            )
-            found = probe.run()['results']
-            for array in probe.folder.glob('*/features.npy'):
-                array.unlink()  # hundreds of megabytes
-            for name in row.judge:
-                feature, kind, setting = NAMES[name]
-                judged[prefix + name] = found[feature][kind][setting]
+            asked = f'{data}: {", ".join(row.judge)}'
+            if asked not in known:
+                probe = QuickProbe(
+                    cfg=load_config(config),
+                    checkpoint=checkpoint,
+                    train=ROOT / data / 'train',
+                    val=ROOT / data / 'val',
+                    out=config.parent / 'probe' / prefix,
+                    probes=[NAMES[name][1] for name in row.judge],
+                    seed=seed,
+                )
+                found = probe.run()['results']
+                for array in probe.folder.glob('*/features.npy'):
+                    array.unlink()  # hundreds of megabytes
+                known[asked] = {name: pick(found, name) for name in row.judge}
+                file.write_text(json.dumps(known))
+            judged |= {prefix + name: accuracy for name, accuracy in known[asked].items()}
         return judged
 
     def _train_task(self, row: Row, seed: int, name: str, checkpoint: Path | str) -> float:
@@ -379,6 +383,12 @@ def train(config: Path) -> None:
         done = subprocess.run(command, cwd=ROOT, stdout=file, env=environment)
     if done.returncode:
         raise RuntimeError(f'{config} stopped with status {done.returncode}, see {output}')
+
+
+def pick(found: dict[str, Any], column: str) -> float:
+    """The accuracy of a column among the results of a quick probe."""
+    feature, kind, setting = NAMES[column]
+    return found[feature][kind][setting]
 
 
 def is_trained(folder: Path) -> bool:

@@ -324,3 +324,10 @@ def test_a_run_is_trained_at_its_price_judged_and_kept(study, tmp_path):
     trained = (tmp_path / 'runs/cae/0/last_checkpoint').stat().st_mtime_ns
     study.run_all(file, tmp_path / 'runs')  # nothing is missing
     assert (tmp_path / 'runs/cae/0/last_checkpoint').stat().st_mtime_ns == trained
+
+    rows['random']['judge_on'] |= dict(same=str(tmp_path))
+    (tmp_path / 'other/val').rename(tmp_path / 'gone')  # what was read of it stays
+    study.run_all(write_table(tmp_path, rows, options=options, judge=['knn']), tmp_path / 'runs')
+    again = json.loads(file.with_suffix('.jsonl').read_text().splitlines()[-1])
+    expected = found | {'same/knn': found['knn'], 'same/attentive': found['attentive']}
+    assert again['accuracy'] == expected
