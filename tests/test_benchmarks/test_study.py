@@ -188,6 +188,28 @@ def test_what_a_run_needs_is_in_its_price(study, tmp_path):
         read.price('second', 0)
 
 
+def test_probes_are_read_once_of_a_folder_of_images(study, tmp_path, monkeypatch):
+    read = []
+
+    class Probe:
+        def __init__(self, *, val, out, **rest):
+            self.val, self.folder = val, out
+
+        def run(self):
+            read.append(self.val.parent.name)
+            return dict(results=dict(mean=dict(knn={20: len(read) / 10})))
+
+    monkeypatch.setattr(study, 'QuickProbe', Probe)
+    monkeypatch.setattr(study, 'load_config', lambda config: None)
+    for judge_on in ({}, dict(a='one'), dict(b='two', a='one')):
+        rows = dict(cae=dict(judge=['knn'], judge_on=judge_on))
+        table = study.Study(write_table(tmp_path, rows, data='own'), tmp_path / 'runs')
+        judged = table._judge(table.rows['cae'], 0, tmp_path / 'config.py', 'random')
+    assert read == ['own', 'one', 'two']
+    assert judged == {'knn': 0.1, 'a/knn': 0.2, 'b/knn': 0.3}
+    assert list(judged) == ['knn', 'b/knn', 'a/knn']
+
+
 def test_a_task_that_changed_is_trained_anew(study, tmp_path, monkeypatch):
     def train(config):
         """A finished training, gone on with, trains and logs nothing."""
@@ -324,10 +346,3 @@ def test_a_run_is_trained_at_its_price_judged_and_kept(study, tmp_path):
     trained = (tmp_path / 'runs/cae/0/last_checkpoint').stat().st_mtime_ns
     study.run_all(file, tmp_path / 'runs')  # nothing is missing
     assert (tmp_path / 'runs/cae/0/last_checkpoint').stat().st_mtime_ns == trained
-
-    rows['random']['judge_on'] |= dict(same=str(tmp_path))
-    (tmp_path / 'other/val').rename(tmp_path / 'gone')  # what was read of it stays
-    study.run_all(write_table(tmp_path, rows, options=options, judge=['knn']), tmp_path / 'runs')
-    again = json.loads(file.with_suffix('.jsonl').read_text().splitlines()[-1])
-    expected = found | {'same/knn': found['knn'], 'same/attentive': found['attentive']}
-    assert again['accuracy'] == expected
