@@ -116,6 +116,10 @@ class Study:
                 raise ValueError(
                     f'{file}: row {name} needs {late[0]}, but no row before it is that'
                 )
+            if idle := sorted(need for need in row.needs if self.rows[need].pflop == 0):
+                raise ValueError(
+                    f'{file}: row {name} needs {idle[0]}, but that has pflop: 0 and no checkpoint'
+                )
             before.append(name)
         self.results_file = file.with_suffix('.jsonl')
         self.folder = folder

@@ -60,6 +60,9 @@ def test_bad_tables_are_refused(study, tmp_path):
         study.Study(write_table(tmp_path, dict(a=dict(judge=['knm']))), tmp_path)
     with pytest.raises(ValueError, match='row a needs b, but no row before it is that'):
         study.Study(write_table(tmp_path, dict(a=dict(options={'k': '{b}'}), b={})), tmp_path)
+    untrained = dict(a=dict(pflop=0), b=dict(tokens=dict(of='a', number=8)))
+    with pytest.raises(ValueError, match='row b needs a, but that has pflop: 0 and no checkpoint'):
+        study.Study(write_table(tmp_path, untrained), tmp_path)
     twice = dict(a=dict(vary={'model.neck.depth': [1, 2], 'model.head.depth': [1]}))
     with pytest.raises(ValueError, match='two rows are called a/depth=1, give one another name'):
         study.Study(write_table(tmp_path, twice), tmp_path)
