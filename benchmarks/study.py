@@ -30,6 +30,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from rich.table import Table
 
+from cae_mm.checkpoints.whole import write_whole
 from cae_mm.doctor.case import Machine
 from cae_mm.engine.cli import load_config
 from cae_mm.evaluation.quick_probe import QuickProbe
@@ -221,8 +222,7 @@ class Study:
                 f'{folder} has a training of another row {row.name}: remove it, or give the row '
                 'another name'
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(what))
+        write_whole(file, json.dumps(what).encode())
         return folder
 
     def _make_tokens(self, row: Row, seed: int) -> dict[str, Any]:
@@ -268,7 +268,7 @@ class Study:
                 for array in probe.folder.glob('*/features.npy'):
                     array.unlink()  # hundreds of megabytes
                 known[asked] = {name: pick(found, name) for name in row.judge}
-                file.write_text(json.dumps(known))
+                write_whole(file, json.dumps(known).encode())
             judged |= {prefix + name: accuracy for name, accuracy in known[asked].items()}
         return judged
 
@@ -282,8 +282,7 @@ class Study:
         file = folder / 'task.json'
         if file.exists() and file.read_text() != settings:
             shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(settings)
+        write_whole(file, settings.encode())
         options = self._fill_in(task.get('options', {}), seed) | {'randomness.seed': seed}
         if checkpoint == 'random':
             options['model.backbone.init_cfg'] = None
