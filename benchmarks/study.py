@@ -576,6 +576,20 @@ def draw_panel(
     axis.grid(alpha=0.3)
 
 
+def keep_columns(study: Study, columns: list[str]) -> None:
+    """Leave these accuracies of all results.
+
+    Raises:
+        ValueError: If no result has one of them.
+    """
+    names = columns_of(group(study))
+    if absent := sorted(set(columns) - set(names)):
+        raise ValueError(f'no result has {absent[0]}: columns are {", ".join(names)}')
+    for result in study.results.values():
+        known = result['accuracy']
+        result['accuracy'] = {name: known[name] for name in columns if name in known}
+
+
 def report(study: Study, markdown: Path | None, picture: Path) -> None:
     """Print the table, write it as Markdown, draw the picture."""
     lines = make_lines(study)
@@ -602,6 +616,7 @@ def main() -> None:
     for part in (run, show):
         part.add_argument('table', type=Path)
         part.add_argument('--work-dir', type=Path, help='default: work_dirs/study/TABLE')
+    show.add_argument('--columns', nargs='+', metavar='NAME', help='accuracies; default: all')
     show.add_argument('--markdown', type=Path, help='write the table to this file')
     show.add_argument('--picture', type=Path, help='default: report.png in the work directory')
     args = parser.parse_args()
@@ -613,6 +628,8 @@ def main() -> None:
         run_all(args.table, folder)
     else:
         study = Study(args.table, folder)
+        if args.columns:
+            keep_columns(study, args.columns)
         report(study, args.markdown, args.picture or folder / 'report.png')
 
 

@@ -280,6 +280,18 @@ def test_picture_has_a_panel_for_each_column_and_a_look_for_each_family(
     assert slow == fast != other
 
 
+def test_report_of_some_columns(study, tmp_path):
+    file = write_table(tmp_path, dict(a={}, b={}))
+    add_result(study, file, 'a', 0, knn=0.5, linear=0.6, attentive=0.7)
+    add_result(study, file, 'b', 0, knn=0.4)
+    table = study.Study(file, tmp_path)
+    with pytest.raises(ValueError, match='no result has mIoU: columns are knn, linear, attentive'):
+        study.keep_columns(table, ['knn', 'mIoU'])
+    study.keep_columns(table, ['attentive', 'knn'])
+    head, a, b = study.make_lines(table)
+    assert (head[6:], a[6:], b[6:]) == (['attentive', 'knn'], ['70.0', '50.0'], ['', '40.0'])
+
+
 def test_picture_of_what_was_not_trained(study, tmp_path):
     file = write_table(tmp_path, {'random': dict(pflop=0)})
     add_result(study, file, 'random', 0, knn=0.5)
